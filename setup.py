@@ -1,0 +1,80 @@
+"""Metadata and extras; build system and tools are configured in pyproject.toml."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(
+    r'__version__ = "(.+?)"', (HERE / "vit_interact" / "__init__.py").read_text("utf-8")
+).group(1)
+
+EXTRAS = {
+    # clu's metric writers need TensorFlow, nothing else of ours does.
+    "train": [
+        "clu",
+        "grain",
+        "ml-collections",
+        "optax",
+        "orbax-checkpoint",
+        "tensorflow",
+        "tensorflow-datasets",
+    ],
+    "hub": ["huggingface_hub"],
+    "notebook": ["anywidget", "jupyterlab"],
+    "cuda": ["jax[cuda12]"],
+    "tpu": ["jax[tpu]"],
+    "dev": [
+        "beartype",
+        "huggingface_hub",
+        "mypy",
+        "pre-commit",
+        "pytest",
+        "pytest-xdist",
+        "ruff",
+    ],
+}
+
+setup(
+    name="vit-interact",
+    version=VERSION,
+    description="Patch interactions in Vision Transformers, measured, checked and drawn in JAX",
+    long_description=(HERE / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["vit_interact", "vit_interact.*"]),
+    include_package_data=False,
+    package_data={
+        "vit_interact": [
+            "py.typed",
+            "assets/*.md",
+            "assets/*.safetensors",
+            "assets/caltech101/*/*.jpg",
+            "viz/templates/*",
+        ]
+    },
+    install_requires=[
+        "flax>=0.10.7",
+        "jax>=0.7",
+        "jaxtyping>=0.3",
+        "jinja2",
+        "matplotlib>=3.9",
+        "numpy",
+        "pillow>=10.1",
+        "rich",
+        "safetensors",
+        "typer>=0.12",
+        "xarray>=2024.10",
+        "zarr>=3",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["vit-interact=vit_interact.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

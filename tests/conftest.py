@@ -1,0 +1,25 @@
+"""Shared fixtures. Types and shapes of every function are enforced while tests run."""
+
+import os
+import pathlib
+
+# Before jax starts: eight devices, so that sharded code is really sharded.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("vit_interact", "beartype.beartype")
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="session")
+def development_data() -> pathlib.Path:
+    """The development data, which lies beside the repository on some machines only."""
+    folder = pathlib.Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"the development data is not at {folder}")
+    return folder

@@ -1,0 +1,315 @@
+import dataclasses
+import functools
+import logging
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import vit_interact as vi
+from tests.models.helpers import stacked, tiny
+from vit_interact import interactions as vx
+from vit_interact.models.attention import Taps
+from vit_interact.models.vit import ViT
+
+ALL = tuple(vx.INDICATORS)
+
+
+def close(found, expected, tolerance=1e-5):
+    scale = np.abs(np.asarray(expected)).max()
+    assert scale > 0
+    np.testing.assert_allclose(found, expected, atol=tolerance * scale, rtol=0)
+
+
+@pytest.mark.parametrize("member", [{}, {"distilled": True, "pos_prefix": 2, "layer_scale": 0.5}])
+def test_measure_equals_compute_of_captures(member):
+    model, params, images = tiny(**member)
+    maps = vi.measure(model, params, images, indicators=ALL)
+    captures = vi.capture(model, params, images)
+    assert list(maps) == list(ALL)
+    for name in ALL:
+        tokens = model.config.layout.num_tokens
+        assert maps[name].shape == (3, 2, tokens, tokens)
+        close(maps[name], vx.compute(name, captures))
+
+
+@pytest.mark.parametrize("options", [{"scan": True}, {"remat": True}, {"scan": True, "remat": True}])
+def test_scan_and_remat_measure_and_capture_the_same(options):
+    model, params, images = tiny(layer_scale=0.5)
+    other = ViT(dataclasses.replace(model.config, **options))
+    other_params = stacked(params) if options.get("scan") else params
+    for layers in (None, (0, 2)):
+        maps = vi.measure(model, params, images, ALL, layers=layers)
+        others = vi.measure(other, other_params, images, ALL, layers=layers)
+        for name in ALL:
+            close(others[name], maps[name])
+    own = vi.capture(model, params, images)
+    theirs = vi.capture(other, other_params, images)
+    for a, b in zip(own, theirs, strict=True):
+        close(b, a)
+
+
+def test_gradient_is_the_derivative_of_the_score():
+    """`g` against adding a small change to one head's output by hand."""
+    model, params, images = tiny(layer_scale=0.7)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), params)
+        # Empty taps: the explicit path, since the fused one has a float32 softmax.
+        exact = ViT(dataclasses.replace(model.config, dtype="float64"), taps=Taps())
+        pictures = jnp.asarray(images, jnp.float64)
+        captures = vi.capture(exact, wide, pictures, score=3)
+        # A change dv of every value of layer 1's head changes the score by sum_ij A_ij g_i · dv_j.
+        change = 1e-6 * np.random.default_rng(0).normal(size=model.config.head_dim)
+        block = wide["Transformer"]["encoderblock_1"]["MultiHeadDotProductAttention_0"]
+        moved = jax.tree.map(lambda a: a, wide)
+        value = moved["Transformer"]["encoderblock_1"]["MultiHeadDotProductAttention_0"]["value"]
+        value["bias"] = block["value"]["bias"].at[2].add(change)
+        before = exact.apply({"params": wide}, pictures)[:, 3]
+        after = exact.apply({"params": moved}, pictures)[:, 3]
+        weights, grad = captures.weights[1, :, 2], captures.output_grad[1, :, :, 2]
+        predicted = jnp.einsum("bij,bik,k->b", weights, grad, change)
+        np.testing.assert_allclose(after - before, predicted, rtol=1e-4)
+
+
+def test_scores():
+    model, params, images = tiny(batch=3)
+    logits = model.apply({"params": params}, images)
+    top = jnp.argmax(logits, axis=-1)
+    edge = functools.partial(vi.measure, model, params, images, ("edge",))
+    predicted = edge(score="predicted")["edge"]
+    close(edge(score=top)["edge"], predicted)
+    close(edge(score=lambda z: z.max(-1))["edge"], predicted)
+    close(edge(score=2)["edge"], edge(score=np.array([2, 2, 2]))["edge"])
+    assert np.abs(edge(score=0)["edge"] - edge(score=1)["edge"]).max() > 1e-3
+    with pytest.raises(ValueError, match="one for each image"):
+        edge(score=np.array([1, 2]))
+    with pytest.raises(ValueError, match="expected 'predicted'"):
+        edge(score="best")
+    with pytest.raises(ValueError, match="one number for each of 3 images"):
+        edge(score=lambda z: z)
+
+
+def test_last_layer_patch_rows_are_zero_with_a_class_head():
+    model, params, images = tiny()
+    maps = vi.measure(model, params, images, ("edge", "gradient"))
+    for name in maps:
+        assert (np.asarray(maps[name])[-1, :, 1:] == 0).all()
+        assert (np.asarray(maps[name])[-1, :, 0] != 0).any()
+
+
+def test_layers_are_chosen_and_checked():
+    model, params, images = tiny()
+    whole = vi.measure(model, params, images, ALL)
+    part = vi.measure(model, params, images, ALL, layers=(-1, 0))
+    for name in ALL:
+        close(part[name], whole[name][jnp.array([0, 2])])
+    with pytest.raises(ValueError, match=r"layers \[3\]: the model has layers 0 to 2"):
+        vi.measure(model, params, images, layers=(0, 3))
+    with pytest.raises(ValueError, match="each one once"):
+        vi.measure(model, params, images, layers=(2, -1))
+    with pytest.raises(ValueError, match="unknown indicator 'x'"):
+        vi.measure(model, params, images, ("x",))
+
+
+def test_batch_order_does_not_matter():
+    model, params, images = tiny(batch=4)
+    order = jnp.array([2, 0, 3, 1])
+    maps = vi.measure(model, params, images, ALL)
+    shuffled = vi.measure(model, params, images[order], ALL)
+    for name in ALL:
+        close(shuffled[name], maps[name][:, order])
+
+
+def test_traceable_and_compiled_once():
+    model, params, images = tiny()
+    traces = []
+
+    @jax.jit
+    def outer(params, images, classes):
+        traces.append(1)
+        maps = vi.measure(model, params, images, ("edge", "attention"), score=classes)
+        return maps["edge"].mean(), maps["attention"]
+
+    for target in (0, 1, 2):
+        outer(params, images, jnp.full(2, target))
+    assert len(traces) == 1
+    expected = vi.measure(model, params, images, ("edge",), score=2)["edge"].mean()
+    close(outer(params, images, jnp.full(2, 2))[0], expected)
+
+
+def test_measure_is_differentiable():
+    """A loss on an indicator, as in training: gradients reach the parameters and are finite."""
+    model, params, images = tiny()
+
+    def loss(params):
+        maps = vi.measure(model, params, images, ("leave_one_out", "edge"))
+        return maps["leave_one_out"].mean() + maps["edge"].mean()
+
+    grads = jax.grad(loss)(params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+    key = grads["Transformer"]["encoderblock_1"]["MultiHeadDotProductAttention_0"]["key"]
+    assert np.abs(key["kernel"]).max() > 0
+
+
+def test_sharded_images_give_sharded_maps():
+    model, params, images = tiny(batch=8)
+    expected = vi.measure(model, params, images, ALL)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    placed = jax.device_put(images, NamedSharding(mesh, PartitionSpec("data")))
+    replicated = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    maps = vi.measure(model, replicated, placed, ALL)
+    for name in ALL:
+        assert len(maps[name].sharding.device_set) == 8
+        close(maps[name], expected[name])
+
+
+def test_bf16_compute_is_close():
+    model, params, images = tiny()
+    half = ViT(dataclasses.replace(model.config, dtype="bfloat16"))
+    exact = vi.measure(model, params, images, ("attention", "leave_one_out"))
+    rough = vi.measure(half, params, images, ("attention", "leave_one_out"))
+    for name in exact:
+        assert rough[name].dtype == jnp.float32
+        close(rough[name], exact[name], tolerance=0.1)
+
+
+@pytest.mark.parametrize(("indicator", "limit"), [("attention", 1.3), ("leave_one_out", 1.3)])
+def test_temporary_memory_is_that_of_the_forward_pass(indicator, limit):
+    """vit_s16 at 224, batch 8, all layers; the maps themselves are outputs, not temporaries."""
+    model = vi.create_model("vit_s16")
+    images = jax.ShapeDtypeStruct((8, 224, 224, 3), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+
+    def temporary(function):
+        compiled = jax.jit(function).lower(params, images).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    forward = temporary(lambda p, x: model.apply({"params": p}, x))
+    measured = temporary(lambda p, x: vi.measure(model, p, x, (indicator,)))
+    assert measured < limit * forward
+
+
+def test_capture_gives_what_is_asked_and_says_how_large(caplog):
+    model, params, images = tiny()
+    with caplog.at_level(logging.INFO, logger="vit_interact"):
+        captures = vi.capture(model, params, images, need=("weights",), layers=(1,))
+    assert "capture holds" in caplog.text
+    assert captures.values is None and captures.output_grad is None
+    assert captures.weights.shape == (1, 2, 3, 13, 13)
+    kernel = params["Transformer"]["encoderblock_1"]["MultiHeadDotProductAttention_0"]["out"]
+    np.testing.assert_array_equal(captures.out_kernel[0], kernel["kernel"])
+    with pytest.raises(ValueError, match=r"cannot capture \['gates'\]"):
+        vi.capture(model, params, images, need=("gates",))
+
+
+class Foreign(nn.Module):
+    """Somebody else's ViT: post-norm, its own names, Flax's own attention."""
+
+    attention_fn: object = nn.dot_product_attention
+    depth: int = 11
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(16, (4, 4), strides=(4, 4), name="patches")(x).reshape(x.shape[0], -1, 16)
+        for i in range(self.depth):
+            attend = nn.MultiHeadDotProductAttention(
+                num_heads=2, attention_fn=self.attention_fn, dropout_rate=0.1,
+                deterministic=not train, name=f"layer_{i}",
+            )  # fmt: skip
+            x = nn.LayerNorm()(x + attend(x))
+        return nn.Dense(4)(x.mean(1))
+
+
+@pytest.fixture(scope="module")
+def foreign():
+    images = jax.random.normal(jax.random.key(0), (2, 12, 16, 3))
+    model = Foreign(attention_fn=vi.attention_fn)
+    return model, model.init(jax.random.key(1), images)["params"], images
+
+
+def test_attention_fn_changes_neither_parameters_nor_outputs(foreign):
+    model, params, images = foreign
+    plain = Foreign()
+    expected = plain.init(jax.random.key(1), images)
+    assert jax.tree.structure(expected) == jax.tree.structure({"params": params})
+    logits = plain.apply({"params": params}, images)
+    np.testing.assert_array_equal(model.apply({"params": params}, images), logits)
+    tapped, _ = model.apply({"params": params}, images, mutable=["intermediates"])
+    np.testing.assert_allclose(tapped, logits, atol=1e-5)
+    key = {"dropout": jax.random.key(3)}
+    np.testing.assert_array_equal(
+        model.apply({"params": params}, images, train=True, rngs=key),
+        plain.apply({"params": params}, images, train=True, rngs=key),
+    )
+
+
+def test_foreign_model_gives_the_same_captures(foreign):
+    """Weights against Flax's own sown ones, in order of depth beyond ten layers."""
+    model, params, images = foreign
+    captures = vi.capture(model, params, images)
+    assert captures.weights.shape == (11, 2, 2, 12, 12)
+
+    class Sowing(Foreign):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(16, (4, 4), strides=(4, 4), name="patches")(x).reshape(2, -1, 16)
+            for i in range(self.depth):
+                attend = nn.MultiHeadDotProductAttention(num_heads=2, name=f"layer_{i}")
+                x = nn.LayerNorm()(x + attend(x, sow_weights=True))
+            return nn.Dense(4)(x.mean(1))
+
+    _, state = Sowing().apply({"params": params}, images, mutable=["intermediates"])
+    for i in range(11):
+        sown = state["intermediates"][f"layer_{i}"]["attention_weights"][0]
+        np.testing.assert_allclose(captures.weights[i], sown, atol=1e-6)
+        np.testing.assert_array_equal(
+            captures.out_kernel[i], params[f"layer_{i}"]["out"]["kernel"]
+        )
+    maps = vi.measure(model, params, images, ALL, layers=(0, 10))
+    for name in ALL:
+        if name != "rollout":
+            close(maps[name], vx.compute(name, captures)[jnp.array([0, 10])], 1e-4)
+
+
+def test_foreign_gradient_equals_ours(foreign):
+    """d(score)/d(value bias) = sum_ij A_ij g_i, here by Flax's own derivative."""
+    model, params, images = foreign
+    captures = vi.capture(model, params, images, score=1)
+    plain = Foreign()
+    grads = jax.grad(lambda p: plain.apply({"params": p}, images)[:, 1].sum())(params)
+    for i in (0, 5, 10):
+        found = jnp.einsum("bhij,bihk->hk", captures.weights[i], captures.output_grad[i])
+        close(found, grads[f"layer_{i}"]["value"]["bias"], 1e-4)
+
+
+def test_apply_function_in_place_of_a_model(foreign):
+    model, params, images = foreign
+    apply = functools.partial(model.apply, train=False)
+    found = vi.measure(apply, params, images, ("attention",))["attention"]
+    close(found, vi.measure(model, params, images, ("attention",))["attention"])
+
+
+def test_a_model_without_attention_fn_is_refused(foreign):
+    _, params, images = foreign
+    with pytest.raises(ValueError, match="attention_fn=vit_interact.attention_fn"):
+        vi.measure(Foreign(), params, images)
+    with pytest.raises(ValueError, match="inside a linen module"):
+        vi.attention_fn(*jnp.ones((3, 1, 4, 2, 8)))
+
+
+def test_weights_under_dropout_are_refused(foreign):
+    model, params, images = foreign
+    with pytest.raises(ValueError, match="run the model deterministic"):
+        model.apply(
+            {"params": params}, images, train=True, mutable=["intermediates"],
+            rngs={"dropout": jax.random.key(0)},
+        )  # fmt: skip
+
+
+def test_empty_taps_take_the_explicit_path():
+    model, params, images = tiny()
+    explicit = model.clone(taps=Taps()).apply({"params": params}, images)
+    np.testing.assert_allclose(explicit, model.apply({"params": params}, images), atol=1e-5)

@@ -1,0 +1,140 @@
+"""One dataclass describes every Vision Transformer that the package builds or loads."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from vit_interact.layout import TokenLayout
+
+POOLS = ("cls", "gap", "map", "cls_gap")
+ACTIVATIONS = ("gelu", "gelu_tanh", "gelu_quick")
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """Architecture of a Vision Transformer; hashable, so it can be static under `jit`.
+
+    Attributes:
+      image_size: (height, width) in pixels; need not be square.
+      patch_size: (height, width) of a patch in pixels.
+      width: model width `D`.
+      depth: layers `L`.
+      heads: attention heads `H`.
+      mlp_dim: hidden width of the MLP (after the gate for SwiGLU).
+      num_classes: outputs of the head; 0 returns the pooled features.
+      pool: what the head reads: class token, mean of patches, attention pooling (MAP), or class
+        token and mean of patches side by side (`cls_gap`, the DINOv2 linear head).
+      cls_token: whether a class token comes first.
+      registers: register tokens after class and distillation token.
+      distilled: a distillation token and a second head; at inference the two heads are averaged.
+      pos_prefix: prefix tokens that have a row of the position embedding (in front of the patches').
+      layer_scale: initial LayerScale value, or None for a model without it.
+      activation: which GELU: `gelu` (erf), `gelu_tanh` or `gelu_quick` (sigmoid, CLIP).
+      swiglu: gated MLP with SiLU instead of GELU.
+      qk_norm: LayerNorm of queries and keys in each head.
+      pre_norm: LayerNorm before the first block (CLIP).
+      patch_bias: bias in the patch embedding.
+      head_bias: bias in the head (CLIP's projection has none).
+      norm_before_pool: LayerNorm after the last block on all tokens; otherwise on the pooled vector.
+      norm_eps: epsilon of every LayerNorm.
+      dropout: rate in the MLP, after attention and after the position embedding.
+      stochastic_depth: rate of the last layer; grows linearly from 0.
+      scan: one compiled block looped by `nn.scan`, parameters stacked on a leading layer axis.
+      remat: recompute each block in the backward pass.
+      dtype: compute type name; parameters stay float32.
+    """
+
+    image_size: tuple[int, int] = (224, 224)
+    patch_size: tuple[int, int] = (16, 16)
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_dim: int = 3072
+    num_classes: int = 1000
+    pool: str = "cls"
+    cls_token: bool = True
+    registers: int = 0
+    distilled: bool = False
+    pos_prefix: int = 1
+    layer_scale: float | None = None
+    activation: str = "gelu"
+    swiglu: bool = False
+    qk_norm: bool = False
+    pre_norm: bool = False
+    patch_bias: bool = True
+    head_bias: bool = True
+    norm_before_pool: bool = True
+    norm_eps: float = 1e-6
+    dropout: float = 0.0
+    stochastic_depth: float = 0.0
+    scan: bool = False
+    remat: bool = False
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size"):
+            object.__setattr__(self, name, as_pair(getattr(self, name), name))
+        for size, patch, axis in zip(
+            self.image_size, self.patch_size, ("height", "width"), strict=True
+        ):
+            if size < patch or size % patch:
+                raise ValueError(
+                    f"image {axis} {size} is not a multiple of the patch {axis} {patch}; "
+                    f"the nearest that is: {max(1, round(size / patch)) * patch}"
+                )
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        for name, known in (("pool", POOLS), ("activation", ACTIVATIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {known}")
+        if self.pool in ("cls", "cls_gap") and not self.cls_token:
+            raise ValueError(f"pool={self.pool!r} needs cls_token=True")
+        if self.distilled and not (self.cls_token and self.pool == "cls"):
+            raise ValueError("distilled=True needs cls_token=True and pool='cls'")
+        if not 0 <= self.pos_prefix <= self.prefix:
+            raise ValueError(f"pos_prefix={self.pos_prefix}: the model has {self.prefix} prefix tokens")
+
+    @property
+    def prefix(self) -> int:
+        """Prefix tokens `T`: class, distillation, registers."""
+        return int(self.cls_token) + int(self.distilled) + self.registers
+
+    @property
+    def layout(self) -> TokenLayout:
+        """Token layout of the model's own image size."""
+        (height, width), (ph, pw) = self.image_size, self.patch_size
+        return TokenLayout(rows=height // ph, cols=width // pw, prefix=self.prefix)
+
+    @property
+    def head_dim(self) -> int:
+        """Width `K` of one head."""
+        return self.width // self.heads
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe fields, the inverse of `from_dict`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> ViTConfig:
+        """Builds a config from `to_dict`'s output.
+
+        Raises:
+          ValueError: for a field that no ViTConfig has.
+        """
+        unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown model settings {unknown}; see ViTConfig for the known ones")
+        return cls(**fields)
+
+
+def as_pair(value: Any, name: str) -> tuple[int, int]:
+    """An int or a pair of ints as (height, width).
+
+    Raises:
+      ValueError: for anything else, naming `name`.
+    """
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
+        raise ValueError(f"{name}={value!r}: expected a positive int or (height, width)")
+    return pair  # type: ignore[return-value]
