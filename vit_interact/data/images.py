@@ -1,0 +1,156 @@
+"""Finds image files and decodes whatever people have into plain RGB."""
+
+from __future__ import annotations
+
+import glob
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# What is picked up inside folders. Files named one by one are tried whatever they are called.
+EXTENSIONS = frozenset(
+    ".avif .bmp .gif .jfif .jpe .jpeg .jpg .pbm .pgm .png .ppm .tga .tif .tiff .webp".split()
+)
+MAX_PIXELS = 2**28  # 268 megapixels: 0.8 GB once decoded
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; says which file, what is wrong and what was expected.
+
+    Attributes:
+      path: the file.
+      reason: what is wrong with it, without the file's name.
+    """
+
+    def __init__(self, path: Path | str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = Path(path)
+        self.reason = reason
+
+
+def find_images(inputs: Iterable[str | Path]) -> list[Path]:
+    """Files to read, in the order given, each once.
+
+    Args:
+      inputs: files, folders (searched to any depth, sorted, known image extensions only, hidden
+        files left out) and glob patterns (`**` allowed, sorted). A file named outright is kept
+        whatever its extension, so that what it is can be reported.
+
+    Raises:
+      ValueError: for a path that does not exist, a pattern that matches nothing, or a folder
+        without images.
+    """
+    found: dict[Path, None] = {}
+    for given in inputs:
+        path = Path(given).expanduser()
+        if path.is_dir():
+            files = _inside(path)
+            if not files:
+                raise ValueError(
+                    f"{given}: the folder holds no images (looked for {' '.join(sorted(EXTENSIONS))})"
+                )
+        elif path.exists() or path.is_symlink():
+            files = [path]
+        else:
+            files = [
+                match for name in sorted(glob.glob(str(path), recursive=True))
+                for match in (_inside(Path(name)) if Path(name).is_dir() else [Path(name)])
+            ]  # fmt: skip
+            if not files:
+                raise ValueError(f"{given}: no such file, folder or pattern with a match")
+        found.update(dict.fromkeys(files))
+    if not found:
+        raise ValueError("no images given: name files, folders or glob patterns")
+    return list(found)
+
+
+def _inside(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in EXTENSIONS
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def read_image(path: Path | str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decodes one image to 8-bit RGB, upright.
+
+    EXIF rotation is applied; transparency is laid on white; the first frame of animations is taken;
+    16-bit and float images are scaled, not clipped; CMYK is converted, inverted Adobe JPEGs too.
+
+    Args:
+      path: the file.
+      max_pixels: refuse larger images before decoding them.
+
+    Raises:
+      ImageError: for what cannot be read; its text is one line.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise ImageError(path, "is a folder; expected an image file")
+        if path.stat().st_size == 0:
+            raise ImageError(path, "is empty; expected an image file")
+        with warnings.catch_warnings():
+            # Pillow's own limit would warn; ours is checked below, before any pixel is decoded.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                pixels = image.width * image.height
+                if pixels > max_pixels:
+                    raise ImageError(
+                        path,
+                        f"has {image.width}x{image.height} = {pixels / 1e6:.0f} megapixels; the "
+                        f"limit is {max_pixels / 1e6:.0f}: resize it first",
+                    )
+                image.load()
+                # The transpose must see the EXIF data, which conversions drop.
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(path, f"is too large to decode safely ({_line(error)})") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(path, "is not an image that Pillow can read") from error
+    except FileNotFoundError as error:
+        raise ImageError(path, "does not exist") from error
+    except PermissionError as error:
+        raise ImageError(path, "may not be read (permission denied)") from error
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, IndexError) as error:
+        # Pillow's decoders raise all of these for damaged files.
+        raise ImageError(path, f"is damaged or cut short ({_line(error)})") from error
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        return _scaled(image)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _scaled(image: Image.Image) -> Image.Image:
+    """16-bit, 32-bit and float greyscale: Pillow's own conversion would clip at 255."""
+    values = np.nan_to_num(np.asarray(image, np.float64))
+    if image.mode == "F":
+        low, high = float(values.min()), float(values.max())
+        if 0 <= low and high <= 1:
+            low, high = 0.0, 1.0
+    else:
+        low, high = 0.0, 65535.0
+        if values.min() < 0 or values.max() > 65535:
+            low, high = float(values.min()), float(values.max())
+    grey = (values - low) / max(high - low, 1e-12) * 255
+    return Image.fromarray(np.rint(grey).astype(np.uint8)).convert("RGB")
