@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jax.test_util import check_grads
 
 from tests.interactions import reference
 from vit_interact import TokenLayout
@@ -54,7 +53,9 @@ def test_edge_signed_equals_numpy_loops():
 
 def test_rollout_equals_numpy_loops():
     weights = np.stack([make(seed=s)["weights"] for s in range(4)])
-    assert relative(vx.rollout(jnp.asarray(weights, jnp.float32)), reference.rollout(weights)) < 1e-6
+    assert (
+        relative(vx.rollout(jnp.asarray(weights, jnp.float32)), reference.rollout(weights)) < 1e-6
+    )
 
 
 def test_two_tokens_by_hand():
@@ -67,7 +68,9 @@ def test_two_tokens_by_hand():
     grad = jnp.array([[[1.0]], [[-2.0]]])
     signed = vx.edge(weights, values, grad, signed=True)
     np.testing.assert_allclose(signed, [[1.5, -0.5], [-2.0, 2.0]], rtol=1e-6)
-    np.testing.assert_allclose(vx.value_norm(weights, values, kernel), [[0, 1.5], [0, 3]], rtol=1e-6)
+    np.testing.assert_allclose(
+        vx.value_norm(weights, values, kernel), [[0, 1.5], [0, 3]], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", ["leave_one_out", "edge"])
@@ -164,7 +167,9 @@ def test_sharded_equals_unsharded(name):
         PartitionSpec() if need == "out_kernel" else PartitionSpec("data")
         for need in vx.NEEDS[name]
     )
-    placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(arguments, specs, strict=True)]
+    placed = [
+        jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(arguments, specs, strict=True)
+    ]
     found = jax.jit(vx.INDICATORS[name])(*placed)
     assert len(found.sharding.device_set) == 8
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
@@ -215,7 +220,9 @@ def test_compute_names_what_is_missing():
     weights = jnp.asarray(make(lead=(2, 1))["weights"], jnp.float32)
     captures = vx.Captures(weights=weights)
     np.testing.assert_allclose(vx.compute("attention", captures), weights.mean(2), rtol=1e-6)
-    with pytest.raises(ValueError, match="edge needs weights, values, output_grad; captures has no"):
+    with pytest.raises(
+        ValueError, match="edge needs weights, values, output_grad; captures has no"
+    ):
         vx.compute("edge", captures)
     with pytest.raises(ValueError, match="unknown indicator 'saliency'; known: attention"):
         vx.compute("saliency", captures)
