@@ -30,7 +30,7 @@ _HOMES = {
     "interactions": "vit_interact",
 }
 
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+__all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from vit_interact import interactions

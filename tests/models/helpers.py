@@ -10,7 +10,13 @@ from vit_interact.models.vit import ViT
 def tiny(seed=0, batch=2, **overrides):
     """A model, its parameters and normalised images."""
     fields = dict(
-        image_size=(12, 16), patch_size=(4, 4), width=24, depth=3, heads=3, mlp_dim=48, num_classes=5
+        image_size=(12, 16),
+        patch_size=(4, 4),
+        width=24,
+        depth=3,
+        heads=3,
+        mlp_dim=48,
+        num_classes=5,
     )
     model = ViT(ViTConfig(**{**fields, **overrides}))
     images = jax.random.normal(jax.random.key(seed + 1), (batch, *model.config.image_size, 3))

@@ -48,7 +48,9 @@ def test_fused_path_has_no_weights():
     assert "intermediates" not in state or not jax.tree.leaves(state["intermediates"])
 
 
-@pytest.mark.parametrize("options", [{"scan": True}, {"remat": True}, {"scan": True, "remat": True}])
+@pytest.mark.parametrize(
+    "options", [{"scan": True}, {"remat": True}, {"scan": True, "remat": True}]
+)
 def test_loop_scan_and_remat_sow_the_same(options):
     """jax drops sown values under scan unless the collection is named."""
     model, params, images = tiny(layer_scale=0.5)

@@ -1,7 +1,11 @@
+import jax
 import pytest
 
 import vit_interact as vi
-from vit_interact.models.zoo import model_config, parameter_count
+from tests.models.test_vit import FAMILY
+from vit_interact.models.config import ViTConfig
+from vit_interact.models.vit import ViT
+from vit_interact.models.zoo import model_config
 
 # With the usual 1,000 classes (DINOv2 without head, CLIP with its projection). ViT and DeiT: the
 # published counts. DINOv2's published ones hold a mask token (`width` numbers) that only its
@@ -26,9 +30,21 @@ def test_every_name_is_pinned():
     assert sorted(COUNTS) == sorted(vi.list_models())
 
 
+def made(config):
+    image = jax.ShapeDtypeStruct((1, *config.image_size, 3), "float32")
+    shapes = jax.eval_shape(ViT(config).init, jax.random.key(0), image)
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+
+
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameter_count(name):
-    assert parameter_count(name) == COUNTS[name]
+    assert made(model_config(name)) == COUNTS[name]
+
+
+@pytest.mark.parametrize("config", [*vi.list_models(), *FAMILY])
+def test_counting_by_arithmetic(config):
+    config = ViTConfig(**FAMILY[config]) if config in FAMILY else model_config(config)
+    assert config.count_parameters() == made(config)
 
 
 def test_overrides_and_pairs():
@@ -41,7 +57,11 @@ def test_overrides_and_pairs():
     ("name", "overrides", "message"),
     [
         ("vit_b61", {}, "unknown model 'vit_b61'; did you mean vit_b16"),
-        ("vit_s16", {"image_size": 225}, "image height 225 is not a multiple of the patch height 16"),
+        (
+            "vit_s16",
+            {"image_size": 225},
+            "image height 225 is not a multiple of the patch height 16",
+        ),
         ("vit_s16", {"image_size": "224"}, "expected a positive int"),
         ("vit_s16", {"colour": 1}, r"unknown model settings \['colour'\]"),
         ("vit_s16", {"heads": 5}, "width 384 is not a multiple of heads 5"),

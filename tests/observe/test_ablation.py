@@ -47,7 +47,9 @@ def test_edge_knows_the_truth():
         return np.argsort(np.argsort(x))
 
     def rho(name):
-        return np.corrcoef(rank(np.asarray(maps[name])[layer, image, i, j]), rank(np.abs(truth)))[0, 1]
+        return np.corrcoef(rank(np.asarray(maps[name])[layer, image, i, j]), rank(np.abs(truth)))[
+            0, 1
+        ]
 
     assert rho("edge") > 0.999
 

@@ -36,7 +36,9 @@ def test_measure_equals_compute_of_captures(member):
         close(maps[name], vx.compute(name, captures))
 
 
-@pytest.mark.parametrize("options", [{"scan": True}, {"remat": True}, {"scan": True, "remat": True}])
+@pytest.mark.parametrize(
+    "options", [{"scan": True}, {"remat": True}, {"scan": True, "remat": True}]
+)
 def test_scan_and_remat_measure_and_capture_the_same(options):
     model, params, images = tiny(layer_scale=0.5)
     other = ViT(dataclasses.replace(model.config, **options))
@@ -265,9 +267,7 @@ def test_foreign_model_gives_the_same_captures(foreign):
     for i in range(11):
         sown = state["intermediates"][f"layer_{i}"]["attention_weights"][0]
         np.testing.assert_allclose(captures.weights[i], sown, atol=1e-6)
-        np.testing.assert_array_equal(
-            captures.out_kernel[i], params[f"layer_{i}"]["out"]["kernel"]
-        )
+        np.testing.assert_array_equal(captures.out_kernel[i], params[f"layer_{i}"]["out"]["kernel"])
     maps = vi.measure(model, params, images, ALL, layers=(0, 10))
     for name in ALL:
         if name != "rollout":
@@ -294,7 +294,7 @@ def test_apply_function_in_place_of_a_model(foreign):
 
 def test_a_model_without_attention_fn_is_refused(foreign):
     _, params, images = foreign
-    with pytest.raises(ValueError, match="attention_fn=vit_interact.attention_fn"):
+    with pytest.raises(ValueError, match=r"attention_fn=vit_interact\.attention_fn"):
         vi.measure(Foreign(), params, images)
     with pytest.raises(ValueError, match="inside a linen module"):
         vi.attention_fn(*jnp.ones((3, 1, 4, 2, 8)))

@@ -12,7 +12,23 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 # What is picked up inside folders. Files named one by one are tried whatever they are called.
 EXTENSIONS = frozenset(
-    ".avif .bmp .gif .jfif .jpe .jpeg .jpg .pbm .pgm .png .ppm .tga .tif .tiff .webp".split()
+    [
+        ".avif",
+        ".bmp",
+        ".gif",
+        ".jfif",
+        ".jpe",
+        ".jpeg",
+        ".jpg",
+        ".pbm",
+        ".pgm",
+        ".png",
+        ".ppm",
+        ".tga",
+        ".tif",
+        ".tiff",
+        ".webp",
+    ]
 )
 MAX_PIXELS = 2**28  # 268 megapixels: 0.8 GB once decoded
 
@@ -50,7 +66,7 @@ def find_images(inputs: Iterable[str | Path]) -> list[Path]:
             files = _inside(path)
             if not files:
                 raise ValueError(
-                    f"{given}: the folder holds no images (looked for {' '.join(sorted(EXTENSIONS))})"
+                    f"{given}: the folder holds no images ({' '.join(sorted(EXTENSIONS))})"
                 )
         elif path.exists() or path.is_symlink():
             files = [path]
@@ -146,7 +162,7 @@ def _scaled(image: Image.Image) -> Image.Image:
     values = np.nan_to_num(np.asarray(image, np.float64))
     if image.mode == "F":
         low, high = float(values.min()), float(values.max())
-        if 0 <= low and high <= 1:
+        if low >= 0 and high <= 1:
             low, high = 0.0, 1.0
     else:
         low, high = 0.0, 65535.0

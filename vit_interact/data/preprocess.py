@@ -84,7 +84,7 @@ class Preprocess:
 
     def normalize(self, pixels: Pixels) -> Pixels:
         """`(pixels / 255 − mean) / std` in float32 for uint8 `[..., h, w, 3]`, NumPy or JAX."""
-        mean, std = np.float32(self.mean), np.float32(self.std)
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
         return (pixels.astype(np.float32) / np.float32(255) - mean) / std  # type: ignore[attr-defined]
 
     def describe(self) -> str:
@@ -92,7 +92,7 @@ class Preprocess:
         height, width = self.size
         how = {
             "center_then_resize": "centre crop, then resize",
-            "resize_then_center": f"resize, then centre crop ({self.crop_pct:g} of the shorter side)",
+            "resize_then_center": f"resize, then centre crop of {self.crop_pct:g}",
             "stretch": "stretch",
         }[self.crop]
         mean, std = (", ".join(f"{x:g}" for x in values) for values in (self.mean, self.std))
@@ -108,4 +108,5 @@ class Preprocess:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Preprocess:
         """Builds preprocessing from `to_dict`'s output."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        tuples: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        return cls(**tuples)

@@ -101,8 +101,8 @@ class Taps:
 def attention_logits(
     query: Float[Array, "*B N H K"],
     key: Float[Array, "*B M H K"],
-    bias: Float[Array, "..."] | None = None,
-    mask: Bool[Array, "..."] | None = None,
+    bias: Float[Array, ...] | None = None,
+    mask: Bool[Array, ...] | None = None,
 ) -> Float[Array, "*B H N M"]:
     """`query · key` plus bias, masked entries at the type's lowest number; float32 or wider."""
     dtype = jnp.promote_types(query.dtype, jnp.float32)
@@ -115,7 +115,7 @@ def attention_logits(
 
 
 def attention_weights(
-    logits: Float[Array, "*B H N M"], mask: Bool[Array, "..."] | None = None
+    logits: Float[Array, "*B H N M"], mask: Bool[Array, ...] | None = None
 ) -> Float[Array, "*B H N M"]:
     """Softmax over keys; a row with every key masked is 0 instead of uniform or NaN."""
     weights = jax.nn.softmax(logits, axis=-1)
@@ -129,8 +129,8 @@ def explicit_attention(
     query: Float[Array, "*B N H K"],
     key: Float[Array, "*B M H K"],
     value: Float[Array, "*B M H K"],
-    bias: Float[Array, "..."] | None = None,
-    mask: Bool[Array, "..."] | None = None,
+    bias: Float[Array, ...] | None = None,
+    mask: Bool[Array, ...] | None = None,
     out_kernel: Float[Array, "H K D"] | None = None,
 ) -> Attended:
     """Attention that keeps its weights. `query` is already scaled; see `Attended` for shapes."""
@@ -144,7 +144,7 @@ def fused_attention(
     query: Float[Array, "*B N H K"],
     key: Float[Array, "*B M H K"],
     value: Float[Array, "*B M H K"],
-    mask: Bool[Array, "..."] | None = None,
+    mask: Bool[Array, ...] | None = None,
 ) -> Float[Array, "*B N H K"]:
     """The same output through `jax.nn.dot_product_attention`; weights are not available."""
     output = jax.nn.dot_product_attention(query, key, value, mask=mask, scale=1.0)
@@ -215,7 +215,7 @@ class MultiHeadDotProductAttention(nn.Module):
         self,
         inputs_q: Float[Array, "B N D"],
         inputs_kv: Float[Array, "B M D"],
-        mask: Bool[Array, "..."] | None = None,
+        mask: Bool[Array, ...] | None = None,
         bias: SeparableBias | None = None,
         layer_scale: Float[Array, " D"] | None = None,
     ) -> Float[Array, "B N D"]:
@@ -254,7 +254,7 @@ class MultiHeadDotProductAttention(nn.Module):
         attended = explicit_attention(query, key, value, logit_bias, mask)
         if taps and not self.is_initializing():
             # The kernel exists before it is used: parameters were made by `init`.
-            kernel = self.get_variable("params", "out")["kernel"]
+            kernel: Any = self.get_variable("params", "out")["kernel"]
             attended = attended._replace(
                 out_kernel=kernel if layer_scale is None else kernel * layer_scale
             )
@@ -286,7 +286,7 @@ class AttentionTap(nn.Module):
         attended = explicit_attention(query, key, value, bias, mask)
         _sow(self, Taps(kinds=KINDS), attended)
         if self.has_variable(SINKS, "attention"):
-            sinks = self.get_variable(SINKS, "attention")
+            sinks: Any = self.get_variable(SINKS, "attention")
             inputs = (query, key, value, bias, mask, None)
             tapped = gradient_tap(output_gradient, attended.output, sinks, inputs)
             return tapped, attended.weights
@@ -303,8 +303,8 @@ def attention_fn(
     query: Float[Array, "*B N H K"],
     key: Float[Array, "*B M H K"],
     value: Float[Array, "*B M H K"],
-    bias: Float[Array, "..."] | None = None,
-    mask: Bool[Array, "..."] | None = None,
+    bias: Float[Array, ...] | None = None,
+    mask: Bool[Array, ...] | None = None,
     *,
     dropout_rate: float = 0.0,
     deterministic: bool = False,
@@ -347,5 +347,5 @@ def attention_fn(
     return output
 
 
-# Flax hands over only arguments that the signature names, and which those are depends on its version.
+# Flax hands over only arguments that the signature names, and its versions name different ones.
 attention_fn.__signature__ = inspect.signature(nn.dot_product_attention)  # type: ignore[attr-defined]

@@ -28,7 +28,7 @@ class ViTConfig:
       cls_token: whether a class token comes first.
       registers: register tokens after class and distillation token.
       distilled: a distillation token and a second head; at inference the two heads are averaged.
-      pos_prefix: prefix tokens that have a row of the position embedding (in front of the patches').
+      pos_prefix: prefix tokens that have a row of the position embedding, before the patches'.
       layer_scale: initial LayerScale value, or None for a model without it.
       activation: which GELU: `gelu` (erf), `gelu_tanh` or `gelu_quick` (sigmoid, CLIP).
       swiglu: gated MLP with SiLU instead of GELU.
@@ -36,7 +36,7 @@ class ViTConfig:
       pre_norm: LayerNorm before the first block (CLIP).
       patch_bias: bias in the patch embedding.
       head_bias: bias in the head (CLIP's projection has none).
-      norm_before_pool: LayerNorm after the last block on all tokens; otherwise on the pooled vector.
+      norm_before_pool: the last LayerNorm is on all tokens; otherwise on the pooled vector.
       norm_eps: epsilon of every LayerNorm.
       dropout: rate in the MLP, after attention and after the position embedding.
       stochastic_depth: rate of the last layer; grows linearly from 0.
@@ -93,7 +93,9 @@ class ViTConfig:
         if self.distilled and not (self.cls_token and self.pool == "cls"):
             raise ValueError("distilled=True needs cls_token=True and pool='cls'")
         if not 0 <= self.pos_prefix <= self.prefix:
-            raise ValueError(f"pos_prefix={self.pos_prefix}: the model has {self.prefix} prefix tokens")
+            raise ValueError(
+                f"pos_prefix={self.pos_prefix}: the model has {self.prefix} prefix tokens"
+            )
 
     @property
     def prefix(self) -> int:
@@ -111,6 +113,30 @@ class ViTConfig:
         """Width `K` of one head."""
         return self.width // self.heads
 
+    @property
+    def has_classes(self) -> bool:
+        """Whether outputs are classes: not features, and not CLIP's embedding (a biasless head)."""
+        return self.num_classes > 0 and self.head_bias
+
+    def count_parameters(self) -> int:
+        """Number of parameters, by arithmetic: listing models shall not start an accelerator."""
+        width, norm = self.width, 2 * self.width
+        (ph, pw), hidden = self.patch_size, self.mlp_dim
+        mlp = (width + 1) * hidden * (2 if self.swiglu else 1) + (hidden + 1) * width
+        attention = 4 * (width + 1) * width
+        block = attention + mlp + 2 * norm + (4 * self.head_dim if self.qk_norm else 0)
+        block += 0 if self.layer_scale is None else 2 * width
+        total = (3 * ph * pw + int(self.patch_bias)) * width + self.depth * block + norm
+        total += (self.pos_prefix + self.layout.num_patches + self.prefix) * width
+        total += norm if self.pre_norm else 0
+        if self.pool == "map":
+            total += width + attention + norm + mlp
+        head = (
+            width * (2 if self.pool == "cls_gap" else 1) + int(self.head_bias)
+        ) * self.num_classes
+        total += norm * (1 if self.pool == "cls_gap" and not self.norm_before_pool else 0) + head
+        return total + ((width + 1) * self.num_classes if self.distilled else 0)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe fields, the inverse of `from_dict`."""
         return dataclasses.asdict(self)
@@ -125,7 +151,9 @@ class ViTConfig:
         unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"unknown model settings {unknown}; see ViTConfig for the known ones")
-        return cls(**fields)
+        # JSON has lists where the fields are pairs.
+        pairs: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        return cls(**pairs)
 
 
 def as_pair(value: Any, name: str) -> tuple[int, int]:

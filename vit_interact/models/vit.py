@@ -15,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from vit_interact.models.attention import (
@@ -25,6 +26,7 @@ from vit_interact.models.attention import (
 )
 from vit_interact.models.config import ViTConfig
 
+Images = Float[Array, "B h w 3"] | Float[np.ndarray, "B h w 3"]
 LayerMask = Bool[Array, "..."] | Sequence[Any] | None
 LayerBias = SeparableBias | Sequence[SeparableBias | None] | None
 
@@ -72,7 +74,7 @@ class Block(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B N D"],
-        mask: Bool[Array, "..."] | None,
+        mask: Bool[Array, ...] | None,
         bias: SeparableBias | None,
         drop_path: Float[Array, ""] | float,
         train: bool,
@@ -125,7 +127,8 @@ class Encoder(nn.Module):
 
     def setup(self) -> None:
         """Makes the blocks."""
-        config, block = self.config, Block
+        config = self.config
+        block: Any = Block
         if config.remat:
             # Static argument 5 is `train` (0 is the module).
             block = nn.remat(Block, prevent_cse=not config.scan, static_argnums=(5,))
@@ -137,7 +140,7 @@ class Encoder(nn.Module):
                 in_axes=(0, 0, 0, nn.broadcast),
                 length=config.depth,
             )
-            self.encoderblock = scanned(config, self.taps)
+            self.encoderblock: Any = scanned(config, self.taps)
         else:
             self.encoderblock = [
                 block(config, self.taps if self._tapped(i) else None) for i in range(config.depth)
@@ -255,15 +258,13 @@ class ViT(nn.Module):
         if not config.norm_before_pool:
             self.pool_norm = _layer_norm(config)
         if config.num_classes:
-            self.head = nn.Dense(
-                config.num_classes, use_bias=config.head_bias, dtype=config.dtype
-            )
+            self.head = nn.Dense(config.num_classes, use_bias=config.head_bias, dtype=config.dtype)
             if config.distilled:
                 self.head_dist = nn.Dense(config.num_classes, dtype=config.dtype)
 
     def __call__(
         self,
-        images: Float[Array, "B h w 3"],
+        images: Images,
         *,
         mask: LayerMask = None,
         bias: LayerBias = None,
@@ -284,9 +285,7 @@ class ViT(nn.Module):
         x = self.embed(images, train=train)
         return self.classify(self.Transformer(x, mask, bias, train))
 
-    def embed(
-        self, images: Float[Array, "B h w 3"], *, train: bool = False
-    ) -> Float[Array, "B N D"]:
+    def embed(self, images: Images, *, train: bool = False) -> Float[Array, "B N D"]:
         """Images to tokens: what the first block reads."""
         config = self.config
         if images.ndim != 4 or images.shape[1:] != (*config.image_size, 3):
@@ -294,7 +293,7 @@ class ViT(nn.Module):
                 f"images have shape {images.shape}; this model reads "
                 f"[B, {config.image_size[0]}, {config.image_size[1]}, 3]"
             )
-        x = self.embedding(images.astype(config.dtype))
+        x = self.embedding(jnp.asarray(images, config.dtype))
         x = x.reshape(x.shape[0], -1, config.width)
         # Positions are added to the first `pos_prefix` prefix tokens and to the patches; registers
         # stand between the two and have none.

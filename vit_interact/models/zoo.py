@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from vit_interact.models.config import ViTConfig, as_pair
@@ -24,9 +23,7 @@ _SIZES = {
 def _sized(size: str, patch: int, **fields: Any) -> ViTConfig:
     width, depth, heads = _SIZES[size]
     fields.setdefault("mlp_dim", 4 * width)
-    return ViTConfig(
-        patch_size=(patch, patch), width=width, depth=depth, heads=heads, **fields
-    )
+    return ViTConfig(patch_size=(patch, patch), width=width, depth=depth, heads=heads, **fields)
 
 
 def _build_table() -> dict[str, ViTConfig]:
@@ -108,22 +105,3 @@ def create_model(name: str, num_classes: int | None = None, **overrides: Any) ->
     if num_classes is not None:
         overrides["num_classes"] = num_classes
     return ViT(model_config(name, **overrides))
-
-
-def parameter_count(config: ViTConfig | str, num_classes: int | None = None) -> int:
-    """Number of parameters, found by shape inference alone.
-
-    Args:
-      config: a config or a name of `list_models()`.
-      num_classes: outputs of the head; None keeps the config's own.
-    """
-    import jax
-
-    from vit_interact.models.vit import ViT
-
-    config = model_config(config) if isinstance(config, str) else config
-    if num_classes is not None:
-        config = dataclasses.replace(config, num_classes=num_classes)
-    image = jax.ShapeDtypeStruct((1, *config.image_size, 3), "float32")
-    shapes = jax.eval_shape(ViT(config).init, jax.random.key(0), image)
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))

@@ -13,14 +13,14 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vit_interact.models.attention import Taps
-from vit_interact.models.vit import Block, ViT
+from vit_interact.models.vit import Block, Images, ViT
 from vit_interact.observe.probe import Score, class_score, make_score
 
 
 def ablate_edges(
     model: ViT,
     params: Mapping[str, Any],
-    images: Float[Array, "B h w 3"],
+    images: Images,
     edges: Array | np.ndarray,
     score: Score = "predicted",
     batch_size: int = 32,
@@ -46,12 +46,16 @@ def ablate_edges(
       ValueError: for edges out of range, or a model that is not our `ViT`.
     """
     if not isinstance(model, ViT):
-        raise ValueError("ablate_edges reruns a model from any layer, which needs vit_interact's ViT")
+        raise ValueError(
+            "ablate_edges reruns a model from any layer, which needs vit_interact's ViT"
+        )
     config = model.config
     edges = np.asarray(edges)
     limits = (len(images), config.depth, config.layout.num_tokens, config.layout.num_tokens)
     if edges.ndim != 2 or edges.shape[1] != 4 or not np.issubdtype(edges.dtype, np.integer):
-        raise ValueError(f"edges have shape {edges.shape} and type {edges.dtype}; expected int [E, 4]")
+        raise ValueError(
+            f"edges have shape {edges.shape} and type {edges.dtype}; expected int [E, 4]"
+        )
     if len(edges) and ((edges < 0).any() or (edges >= limits).any()):
         bad = edges[((edges < 0) | (edges >= limits)).any(axis=1)][0]
         raise ValueError(f"edge {bad.tolist()} is outside of (image, layer, i, j) < {limits}")
@@ -106,14 +110,16 @@ def _block(model: ViT, blocks: Any, layer: Any, x: Array, mask: Array | None) ->
 def _finish(model: ViT, outside: Any, x: Array) -> Array:
     """The final norm and the head; `run_blocks` from behind the last block is the norm alone."""
     variables = {"params": outside}
-    x = model.apply(variables, x, first=model.config.depth, method=ViT.run_blocks)
-    return model.apply(variables, x, method=ViT.classify)
+    apply: Any = model.apply
+    x = apply(variables, x, first=model.config.depth, method=ViT.run_blocks)
+    return apply(variables, x, method=ViT.classify)
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def _run(model: ViT, outside: Any, blocks: Any, images: Array) -> tuple[Array, Array]:
     """What each block reads, `[L, B, N, D]`, and the logits."""
-    x = model.apply({"params": outside}, images, method=ViT.embed)
+    apply: Any = model.apply
+    x = apply({"params": outside}, images, method=ViT.embed)
 
     def step(x: Array, layer: Array) -> tuple[Array, Array]:
         return _block(model, blocks, layer, x, None), x

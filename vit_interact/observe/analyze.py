@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from vit_interact.interactions import fields, indicators, removal, windows
 from vit_interact.layout import TokenLayout
-from vit_interact.models.vit import ViT
+from vit_interact.models.vit import Images, ViT
 from vit_interact.observe.measure import measure_with_logits
 from vit_interact.observe.probe import Score, choose_layers, class_score, make_score
 
@@ -53,7 +53,7 @@ _COORDS = {
 def analyze(
     model: Any,
     params: Mapping[str, Any],
-    images: Float[Array, "B h w 3"] | Float[np.ndarray, "B h w 3"],
+    images: Images,
     indicator: str = "leave_one_out",
     coverage: float = 0.9,
     layers: Sequence[int] | None = None,
@@ -98,7 +98,7 @@ def analyze(
     )
     found = jax.tree.map(np.asarray, found)
 
-    variables = {}
+    variables: dict[str, Any] = {}
     for name, dims in _DIMS.items():
         units = {"units": _UNITS.get(name, indicators.UNITS[indicator])}
         per_layer = np.moveaxis(found["layers"][name], 0, 1)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from vit_interact.interactions.indicators import INDICATORS, NEEDS, Captures, check_name, roll
 from vit_interact.models.attention import Attended, Taps, output_gradient
+from vit_interact.models.vit import Images
 from vit_interact.observe.probe import (
     Probed,
     Score,
@@ -29,7 +30,7 @@ _CAPTURE_NEEDS = ("weights", "values", "output", "grad")
 def measure(
     model: Any,
     params: Mapping[str, Any],
-    images: Float[Array, "B h w 3"],
+    images: Images,
     indicators: Sequence[str] = ("leave_one_out",),
     score: Score = "predicted",
     layers: Sequence[int] | None = None,
@@ -62,7 +63,7 @@ def measure(
 def measure_with_logits(
     model: Any,
     params: Mapping[str, Any],
-    images: Float[Array, "B h w 3"],
+    images: Images,
     indicators: Sequence[str] = ("leave_one_out",),
     score: Score = "predicted",
     layers: Sequence[int] | None = None,
@@ -97,7 +98,7 @@ def _measure(
         reduce_grad=functools.partial(_reduce_grad, backward) if backward else None,
     )
 
-    def sinks(attended: Attended) -> dict[str, jax.ShapeDtypeStruct]:
+    def sinks(attended: Any) -> dict[str, jax.ShapeDtypeStruct]:
         batch, _, *square = attended.weights.shape
         shape = jax.ShapeDtypeStruct((batch, *square), attended.weights.dtype)
         return dict.fromkeys(backward, shape)
@@ -157,7 +158,7 @@ def _stack_in_place(layers: list[Array]) -> Array:
 def capture(
     model: Any,
     params: Mapping[str, Any],
-    images: Float[Array, "B h w 3"],
+    images: Images,
     score: Score = "predicted",
     need: Sequence[str] = _CAPTURE_NEEDS,
     layers: Sequence[int] | None = None,
@@ -187,7 +188,9 @@ def capture(
     chosen = choose_layers(model, params, images, layers)
     function, classes = make_score(score, images.shape[0])
     arguments = (model, params, images, classes, tuple(need), chosen, function)
-    shapes = jax.eval_shape(lambda p, x, c: _capture(model, p, x, c, *arguments[4:]), *arguments[1:4])
+    shapes = jax.eval_shape(
+        lambda p, x, c: _capture(model, p, x, c, *arguments[4:]), *arguments[1:4]
+    )
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     level = logging.WARNING if size > 2**30 else logging.INFO
     _LOG.log(level, "capture holds %.1f MiB; vi.measure reduces layer by layer", size / 2**20)
@@ -212,9 +215,11 @@ def _capture(
         reduce_grad=output_gradient if "grad" in need else None,
     )
     score = score or functools.partial(class_score, classes=classes)
-    probed = probe(
-        model, params, images, taps, lambda attended: {"grad": attended.output}, score
-    )
+
+    def sinks(attended: Any) -> dict[str, Any]:
+        return {"grad": attended.output}
+
+    probed = probe(model, params, images, taps, sinks, score)
     tensors = {
         name: jnp.stack([layer[name] for layer in probed.forward]) for name in probed.forward[0]
     }

@@ -52,7 +52,7 @@ def probe(
     params: Mapping[str, Any],
     images: Array,
     taps: Taps,
-    sinks: Callable[[Attended], Mapping[str, jax.ShapeDtypeStruct]],
+    sinks: Callable[[Any], Mapping[str, Any]],
     score: Callable[[Array], Array],
 ) -> Probed:
     """Runs the model once (and once backward if `taps.reduce_grad` is set); traceable.
@@ -186,12 +186,12 @@ def _probe_ours(
     )
 
 
-def _attended_shapes(config: Any, images: Array) -> Attended:
+def _attended_shapes(config: Any, images: Array) -> Any:
     batch, tokens = images.shape[0], config.layout.num_tokens
     dtype = jnp.dtype(config.dtype)
-    per_head = jax.ShapeDtypeStruct((batch, tokens, config.heads, config.head_dim), dtype)
+    per_head: Any = jax.ShapeDtypeStruct((batch, tokens, config.heads, config.head_dim), dtype)
     wide = jnp.promote_types(dtype, jnp.float32)
-    square = jax.ShapeDtypeStruct((batch, config.heads, tokens, tokens), wide)
+    square: Any = jax.ShapeDtypeStruct((batch, config.heads, tokens, tokens), wide)
     return Attended(per_head, per_head, per_head, square, square, per_head, None)
 
 

@@ -1,0 +1,71 @@
+import json
+
+import numpy as np
+import pytest
+
+import vit_interact as vi
+from tests.models.helpers import tiny
+from vit_interact import interactions as vx
+
+
+@pytest.mark.parametrize("indicator", ["edge", "rollout"])
+def test_everything_agrees_with_the_functions(indicator):
+    model, params, images = tiny(distilled=True, pos_prefix=2)
+    layout = model.config.layout
+    dataset = vi.analyze(model, params, images, indicator=indicator, coverage=0.7, layers=(0, 2))
+    maps = vi.measure(model, params, images, (indicator,), layers=(0, 2))[indicator]
+    assert list(dataset["layer"].values) == [0, 2]
+    view = vx.patch_view(maps, layout, rows=False)
+    np.testing.assert_allclose(dataset["interaction"], np.moveaxis(view, 0, 1), rtol=1e-5)
+    combined = maps[-1] if indicator == "rollout" else vx.combine_layers(maps, layout)
+    rows = vx.patch_view(combined, layout)
+    np.testing.assert_allclose(dataset["combined_interaction"], rows, rtol=1e-4, atol=1e-7)
+    windows = vx.smallest_windows(rows, layout, 0.7)
+    np.testing.assert_array_equal(dataset["combined_window"], windows)
+    impact = vx.received_impact(combined, layout)
+    grid = (2, layout.rows, layout.cols)
+    np.testing.assert_allclose(dataset["combined_received_impact"], impact.reshape(grid), rtol=1e-4)
+    np.testing.assert_array_equal(dataset["removal_order"], vx.removal_order(impact))
+    field = vx.responsive_field(rows, layout)
+    for name in field._fields:
+        np.testing.assert_allclose(
+            dataset[f"combined_{name}"], getattr(field, name), rtol=1e-3, atol=1e-3
+        )
+    np.testing.assert_allclose(dataset["combined_area"], vx.window_area(windows, layout))
+    logits = np.asarray(model.apply({"params": params}, images))
+    np.testing.assert_array_equal(dataset["prediction"][:, 0], logits.argmax(-1))
+    np.testing.assert_allclose(dataset["score"], logits.max(-1), rtol=1e-4)
+
+
+def test_zero_rows_are_nan_and_units_are_named():
+    """With a class-token head the last layer's patch rows of `edge` are zero."""
+    model, params, images = tiny()
+    dataset = vi.analyze(model, params, images, indicator="edge")
+    last = dataset.isel(layer=-1)
+    assert np.isnan(last["spread"]).all() and np.isnan(last["tendency"]).all()
+    np.testing.assert_allclose(last["area"], 1 / 12)
+    assert np.isfinite(dataset["combined_spread"]).all()
+    assert dataset["spread"].attrs["units"] == "patches"
+    assert dataset["interaction"].attrs["units"] == "change of score"
+    json.dumps(dataset.attrs)  # attributes survive any store
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"indicator": "nope"}, "unknown indicator"),
+        ({"coverage": 0.0}, "coverage"),
+        ({"coverage": 1.5}, "coverage"),
+        ({"layers": (9,)}, "layers 0 to 2"),
+    ],
+)
+def test_wrong_options(options, message):
+    model, params, images = tiny()
+    with pytest.raises(ValueError, match=message):
+        vi.analyze(model, params, images, **options)
+
+
+def test_a_foreign_model_needs_a_layout():
+    model, params, images = tiny()
+    with pytest.raises(ValueError, match="needs layout=TokenLayout"):
+        vi.analyze(model.apply, params, images)
