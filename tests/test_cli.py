@@ -1,0 +1,268 @@
+import json
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import xarray as xr
+from PIL import Image
+from typer.testing import CliRunner
+
+import vit_interact as vi
+from tests.models.helpers import tiny
+from vit_interact.cli import app
+from vit_interact.data.preprocess import Preprocess
+
+RUNNER = CliRunner()
+CLASSES = ("ant", "bee", "cat", "dog", "<b>elk</b>")
+
+
+def run(*arguments, code=0):
+    result = RUNNER.invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    if result.exception is not None:
+        assert isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def one_error(*arguments, code=1):
+    lines = run(*arguments, code=code).stderr.strip().splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1, lines
+    return errors[0]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A tiny model of 3x4 patches as a file with classes and preprocessing."""
+    model, params, _ = tiny()
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    preprocess = Preprocess(size=(12, 16), crop="stretch")
+    vi.export_timm(model, params, path, preprocess=preprocess, class_names=CLASSES)
+    return path
+
+
+def photographs(folder, count, seed=0):
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for index in range(count):
+        pixels = rng.integers(0, 255, (20 + index, 31, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    return folder
+
+
+def test_nothing_heavy_is_imported_eagerly():
+    code = (
+        "import sys, vit_interact, vit_interact.cli; "
+        "from typer.testing import CliRunner; "
+        "r = CliRunner().invoke(vit_interact.cli.app, ['--help']); assert r.exit_code == 0; "
+        "print([m for m in ('jax', 'matplotlib', 'flax', 'xarray', 'zarr') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", [(), ("analyze",), ("demo",), ("models",), ("convert",)])
+def test_help_has_examples(command):
+    text = run(*command, "--help").output
+    assert not command or "Example" in text
+
+
+def test_version_and_models():
+    assert run("--version").output.split() == ["vit-interact", vi.__version__]
+    rows = json.loads(run("models", "--json").output)
+    assert [row["name"] for row in rows] == vi.list_models()
+    assert {row["name"]: row["parameters"] for row in rows}["vit_b16"] == 86_567_656
+    assert "dinov2_s14_reg" in run("models").output
+
+
+def test_analyze_leaves_a_folder(tmp_path, weights):
+    images = photographs(tmp_path / "in", 3)
+    out = tmp_path / "out"
+    result = run("analyze", images, "--model", weights, "--out", out, "--batch-size", 2)
+    assert "preprocessing: stretch to 12x16" in result.output
+    dataset = xr.open_zarr(out / "analysis.zarr").load()
+    assert list(dataset["image"].values) == ["0.png", "1.png", "2.png"]
+    assert dict(dataset.sizes) | {"image": 3, "layer": 3, "query": 12, "key": 12} == dict(
+        dataset.sizes
+    )
+    assert list(dataset["class_name"].values) == list(CLASSES)
+    assert dataset.attrs["model"].endswith("tiny.safetensors")
+    assert len(dataset.attrs["weights_sha256"]) == 64
+    np.testing.assert_allclose(dataset["combined_interaction"].sum("key"), 1, atol=1e-5)
+    folders = sorted(path.name for path in (out / "images").iterdir())
+    assert len(folders) == 3
+    assert len(list((out / "images" / folders[0]).glob("*.png"))) == 6
+    page = (out / "index.html").read_text()
+    assert "<b>elk</b>" not in page and folders[0] in page
+    assert (out / "contact_sheet.png").exists()
+
+    # The numbers are those of the library on the same pixels.
+    checkpoint = vi.load_checkpoint(weights)
+    picture = dataset["picture"].values
+    again = vi.analyze(
+        checkpoint.model, checkpoint.params, checkpoint.preprocess.normalize(picture)
+    )
+    np.testing.assert_allclose(dataset["interaction"], again["interaction"], atol=1e-5)
+    np.testing.assert_array_equal(dataset["prediction"], again["prediction"])
+
+
+def test_same_command_skips_and_new_images_are_added(tmp_path, weights):
+    images = photographs(tmp_path / "in", 2)
+    out = tmp_path / "out"
+    command = ("analyze", images, "--model", weights, "--out", out, "--indicator", "attention")
+    run(*command)
+    figure = next((out / "images").glob("*/windows.png"))
+    stamp = figure.stat().st_mtime_ns
+    assert "0 analysed, 2 done before" in run(*command).output
+    photographs(tmp_path / "in" / "more", 2, seed=1)
+    assert "2 analysed, 2 done before" in run(*command).output
+    assert figure.stat().st_mtime_ns == stamp
+    dataset = xr.open_zarr(out / "analysis.zarr")
+    assert list(dataset["image"].values) == ["0.png", "1.png", "more/0.png", "more/1.png"]
+
+
+def test_other_options_do_not_mix(tmp_path, weights):
+    images = photographs(tmp_path / "in", 1)
+    command = ("analyze", images, "--model", weights, "--out", tmp_path / "out")
+    run(*command)
+    message = one_error(*command, "--coverage", "0.5")
+    assert "coverage=0.9 (not 0.5)" in message and "--overwrite" in message
+    run(*command, "--coverage", "0.5", "--overwrite")
+    assert xr.open_zarr(tmp_path / "out" / "analysis.zarr").attrs["coverage"] == 0.5
+
+
+def test_bad_images_are_listed_and_the_rest_goes_on(tmp_path, weights):
+    images = photographs(tmp_path / "in", 2)
+    (images / "a_text.jpg").write_text("hello")
+    (images / "b_empty.png").touch()
+    out = tmp_path / "out"
+    result = run("analyze", images, "--model", weights, "--out", out, code=3)
+    assert "2 analysed, 2 failed" in result.output
+    assert "is empty" in result.stderr
+    assert "a_text.jpg" in (out / "index.html").read_text()
+    only_bad = run(
+        "analyze", images / "a_text.jpg", "--model", weights, "--out", tmp_path / "o2", code=1
+    )
+    assert "0 analysed, 1 failed" in only_bad.output
+
+
+def test_same_names_in_two_folders(tmp_path, weights):
+    first, second = (photographs(tmp_path / name, 1, seed) for seed, name in enumerate("ab"))
+    run("analyze", first, second, "--model", weights, "--out", tmp_path / "out")
+    dataset = xr.open_zarr(tmp_path / "out" / "analysis.zarr")
+    assert list(dataset["image"].values) == ["a/0.png", "b/0.png"]
+    assert len(list((tmp_path / "out" / "images").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--indicator", "saliency"], "unknown indicator 'saliency'; known: attention"),
+        (["--coverage", "0"], "expected a share in (0, 1]"),
+        (["--layers", "0,x"], "expected numbers such as 0,5,11"),
+        (["--layers", "7"], "the model has layers 0 to 2"),
+        (["--score", "bees"], "did you mean bee?"),
+        (["--score", "5"], "a class number below 5"),
+        (["--batch-size", "0"], "expected at least 1"),
+        (["--model", "none.safetensors"], "none.safetensors"),
+        (["--image-size", "13"], "not a multiple of the patch"),
+    ],
+)
+def test_wrong_options_are_one_line(tmp_path, weights, options, message):
+    images = photographs(tmp_path / "in", 1)
+    command = ["analyze", images, "--model", weights, "--out", tmp_path / "out", *options]
+    assert message in one_error(*command)
+
+
+def test_wrong_inputs_are_one_line(tmp_path, weights):
+    assert "no such file" in one_error("analyze", tmp_path / "none.jpg", "--model", weights)
+    (tmp_path / "file").touch()
+    images = photographs(tmp_path / "in", 1)
+    out = tmp_path / "file"
+    assert "is a file" in one_error("analyze", images, "--model", weights, "--out", out)
+    (tmp_path / "theirs" / "analysis.zarr").mkdir(parents=True)
+    message = one_error("analyze", images, "--model", weights, "--out", tmp_path / "theirs")
+    assert "not made by this command" in message
+
+
+def test_score_and_layers_reach_the_measure(tmp_path, weights):
+    images = photographs(tmp_path / "in", 1)
+    for name, score in (("a", "cat"), ("b", "2"), ("c", "bee")):
+        run("analyze", images, "--model", weights, "--out", tmp_path / name,
+            "--indicator", "edge", "--score", score, "--layers", "1,-3")  # fmt: skip
+    a, b, c = (xr.open_zarr(tmp_path / name / "analysis.zarr").load() for name in "abc")
+    assert list(a["layer"].values) == [0, 1]
+    np.testing.assert_array_equal(a["interaction"], b["interaction"])
+    assert np.abs(a["interaction"] - c["interaction"]).max() > 0
+
+
+def test_convert_round_trip(tmp_path, weights):
+    target = tmp_path / "half.safetensors"
+    run("convert", weights, target, "--dtype", "float16")
+    assert "exists; --force" in one_error("convert", weights, target)
+    assert "must end in .safetensors" in one_error("convert", weights, tmp_path / "x.npz")
+    again = vi.load_checkpoint(target)
+    assert again.class_names == CLASSES and again.preprocess.crop == "stretch"
+
+
+def test_one_compilation_for_all_batches(tmp_path, weights, caplog):
+    """Five images of five sizes in batches of two: the last one is padded."""
+    import logging
+
+    import jax
+
+    images = photographs(tmp_path / "in", 5)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        run("analyze", images, "--model", weights, "--out", tmp_path / "out",
+            "--batch-size", 2, "--coverage", "0.77")  # fmt: skip
+    compiled = [
+        r for r in caplog.messages if re.match(r"Finished XLA compilation of jit\(_analyze\)", r)
+    ]
+    assert len(compiled) == 1
+
+
+@pytest.mark.slow
+def test_killed_runs_lose_nothing_that_was_done(tmp_path, weights):
+    """kill -9 at random moments, then the same command: equal to an uninterrupted run."""
+    images = photographs(tmp_path / "in", 11)
+    command = [sys.executable, "-m", "vit_interact.cli", "analyze", str(images), "--model",
+               str(weights), "--batch-size", "2", "--out"]  # fmt: skip
+    started = time.time()
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    took = time.time() - started
+    dice, out = random.Random(0), tmp_path / "killed"
+    kept = []
+    for _ in range(6):
+        process = subprocess.Popen([*command, str(out)], stdout=-3, stderr=-3)
+        try:
+            process.wait(took * dice.uniform(0.4, 0.95))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+        process.wait()
+        progress = out / "progress.json"
+        kept.append(len(json.loads(progress.read_text())["done"]) if progress.exists() else 0)
+    assert kept == sorted(kept) and max(kept) > 0
+    subprocess.run([*command, str(out)], check=True, capture_output=True)
+    whole, killed = (
+        xr.open_zarr(folder / "analysis.zarr").load() for folder in (tmp_path / "whole", out)
+    )
+    # Chunks of another run may start elsewhere, so batches differ; results don't.
+    xr.testing.assert_allclose(whole, killed, rtol=1e-4, atol=1e-6)
+    shutil.rmtree(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_demo(tmp_path):
+    found = subprocess.run(
+        [sys.executable, "-m", "vit_interact.cli", "demo", "--out", str(tmp_path)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    top1 = float(re.search(r"photographs: ([\d.]+)%", found.stdout).group(1))
+    assert top1 > 90
+    assert len(list((tmp_path / "images").glob("*/*.png"))) == 48

@@ -1,0 +1,379 @@
+"""An analysis folder: images go in batch by batch, and what is done stays done.
+
+Layout of the folder: `analysis.zarr` (the dataset of `vi.analyze`, images appended),
+`images/SLUG/*.png`, `contact_sheet.png`, `index.html`, and `progress.json`, which says which images
+are complete. `progress.json` is replaced atomically after a batch's arrays and figures are
+written; arrays that reach beyond it, after a kill, are cut back before the next batch.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from vit_interact.data.images import ImageError, read_image
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from vit_interact.models.weights import Checkpoint
+
+_IMAGE_CHUNK = {"interaction": 2}  # dimensions that get chunks of 1: image, layer
+# Rendering in other processes pays only when there is enough of it.
+_POOL_FROM = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to compute; results of other options do not mix in one folder.
+
+    Attributes:
+      indicator: one of `interactions.INDICATORS`.
+      coverage: share of impact that a window holds.
+      layers: layer numbers, None for all.
+      score: "predicted" or a class number.
+    """
+
+    indicator: str = "leave_one_out"
+    coverage: float = 0.9
+    layers: tuple[int, ...] | None = None
+    score: str | int = "predicted"
+
+
+class Outcome(NamedTuple):
+    """What a run did.
+
+    Attributes:
+      dataset: everything in the folder, opened lazily; None when nothing is there.
+      done: images analysed by this run.
+      skipped: images that an earlier run had done.
+      failures: (image, reason) of what could not be read.
+    """
+
+    dataset: xr.Dataset | None
+    done: int
+    skipped: int
+    failures: list[tuple[str, str]]
+
+
+class Work(NamedTuple):
+    """One image to analyse."""
+
+    name: str
+    path: Path
+    sha256: str
+
+
+def analyze_folder(
+    checkpoint: Checkpoint,
+    files: Sequence[Path],
+    out: Path,
+    options: Options,
+    batch_size: int = 8,
+    overwrite: bool = False,
+    advance: Callable[[int], None] = lambda images: None,
+) -> Outcome:
+    """Analyses files into `out`, skipping what an earlier run with the same options did.
+
+    Args:
+      checkpoint: from `load_checkpoint`.
+      files: images, from `find_images`.
+      out: the folder, made if needed.
+      options: what to compute.
+      batch_size: images at a time; one program is compiled, the last batch is padded.
+      overwrite: forget what the folder holds from runs with other options.
+      advance: called with a number of images whenever they are finished, skipped or refused.
+
+    Raises:
+      ValueError: when the folder holds an analysis with other options or weights.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch size {batch_size}: expected at least 1")
+    folder = _Folder(out, _fingerprint(checkpoint, options), overwrite)
+    failures: list[tuple[str, str]] = []
+    todo: list[Work] = []
+    skipped = 0
+    # The name's folders depend on the other files of the command, so they do not count here.
+    before = {(Path(name).name, digest) for name, digest in folder.done.items()}
+    for work in _name_files(files, folder.done, failures):
+        if (work.path.name, work.sha256) in before:
+            skipped += 1
+        else:
+            todo.append(work)
+    advance(skipped + len(failures))
+    done = 0
+    with _renderer(len(todo)) as render:
+        for start in range(0, len(todo), batch_size):
+            chunk = todo[start : start + batch_size]
+            good, pictures = _decode(chunk, checkpoint, failures)
+            if good:
+                dataset = _compute(checkpoint, pictures, good, options, batch_size)
+                folder.append(dataset)
+                render(dataset, out)
+                folder.commit(good)
+            done += len(good)
+            advance(len(chunk))
+    return Outcome(folder.finish(failures), done, skipped, failures)
+
+
+def _fingerprint(checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
+    layers = options.layers if options.layers is None else list(options.layers)
+    return {
+        **dataclasses.asdict(options),
+        "layers": layers,
+        "model": json.loads(json.dumps(checkpoint.model.config.to_dict())),
+        "preprocess": json.loads(json.dumps(checkpoint.preprocess.to_dict())),
+        "weights_sha256": checkpoint.sha256,
+    }
+
+
+def _name_files(
+    files: Sequence[Path], done: dict[str, str], failures: list[tuple[str, str]]
+) -> Iterator[Work]:
+    """Names images by their path below the deepest folder that holds them all."""
+    absolute = {path.absolute(): path for path in files}
+    root = Path(os.path.commonpath([path.parent for path in absolute]))
+    for full, path in absolute.items():
+        name = full.relative_to(root).as_posix()
+        try:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        except IsADirectoryError:
+            failures.append((str(path), "is a folder; expected an image file"))
+            continue
+        except OSError as error:
+            failures.append((str(path), (error.strerror or "cannot be read").lower()))
+            continue
+        if done.get(name, digest) != digest:
+            # Another file of that name is in the folder already, or this one has changed.
+            name = f"{name} ({digest[:8]})"
+        yield Work(name, path, digest)
+
+
+def _decode(
+    chunk: Sequence[Work], checkpoint: Checkpoint, failures: list[tuple[str, str]]
+) -> tuple[list[Work], np.ndarray]:
+    good, pictures = [], []
+    for work in chunk:
+        try:
+            pictures.append(checkpoint.preprocess.picture(read_image(work.path)))
+            good.append(work)
+        except ImageError as error:
+            failures.append((str(work.path), error.reason))
+    return good, np.stack(pictures) if pictures else np.zeros((0, 1, 1, 3), np.uint8)
+
+
+def _compute(
+    checkpoint: Checkpoint,
+    pictures: np.ndarray,
+    good: Sequence[Work],
+    options: Options,
+    batch_size: int,
+) -> xr.Dataset:
+    """The labelled dataset of one batch."""
+    from vit_interact.observe.analyze import analyze
+
+    padding = batch_size - len(good)
+    padded = np.concatenate([pictures, np.repeat(pictures[:1], padding, axis=0)])
+    config = checkpoint.model.config
+    dataset = analyze(
+        checkpoint.model,
+        checkpoint.params,
+        checkpoint.preprocess.normalize(padded),
+        indicator=options.indicator,
+        coverage=options.coverage,
+        layers=options.layers,
+        score=options.score,
+    ).isel(image=slice(0, len(good)))
+    dataset["picture"] = (("image", "y", "x", "channel"), pictures)
+    names = np.array([work.name for work in good], dtype=object)
+    dataset = dataset.assign_coords(image=("image", names))
+    if checkpoint.class_names is not None:
+        classes = np.array(checkpoint.class_names, dtype=object)
+        dataset = dataset.assign_coords(class_name=("class", classes))
+    versions = {
+        package: importlib.metadata.version(package)
+        for package in ("vit-interact", "jax", "flax", "numpy")
+    }
+    dataset.attrs.update(
+        model=checkpoint.source,
+        architecture=json.dumps(config.to_dict()),
+        weights_sha256=checkpoint.sha256,
+        score_of=str(options.score),
+        patch_size=list(config.patch_size),
+        preprocess=json.dumps(checkpoint.preprocess.to_dict()),
+        versions=json.dumps(versions),
+    )
+    return dataset
+
+
+def _render_one(one: xr.Dataset, out: Path) -> None:
+    from vit_interact.viz.figures import render_image
+    from vit_interact.viz.report import slug
+
+    render_image(one, out / "images" / slug(str(one["image"].values)))
+
+
+@contextlib.contextmanager
+def _renderer(images: int) -> Iterator[Callable[[Any, Path], None]]:
+    """Draws a batch's figures, in other processes when there are many."""
+    if images < _POOL_FROM:
+
+        def render(dataset: xr.Dataset, out: Path) -> None:
+            for index in range(dataset.sizes["image"]):
+                _render_one(dataset.isel(image=index), out)
+
+        yield render
+        return
+    # spawn: forking a process that runs XLA's threads can hang.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(min(4, os.cpu_count() or 1), context) as pool:
+
+        def render_in_pool(dataset: xr.Dataset, out: Path) -> None:
+            count = dataset.sizes["image"]
+            each = [dataset.isel(image=index).load() for index in range(count)]
+            list(pool.map(_render_one, each, [out] * count))
+
+        yield render_in_pool
+
+
+class _Folder:
+    """The state of an output folder on disk."""
+
+    def __init__(self, path: Path, fingerprint: dict[str, Any], overwrite: bool) -> None:
+        self.path, self.fingerprint = path, fingerprint
+        self.store, self.progress = path / "analysis.zarr", path / "progress.json"
+        self.done: dict[str, str] = {}
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path} is a file; --out needs a folder")
+        path.mkdir(parents=True, exist_ok=True)
+        if self.progress.exists():
+            self._resume(overwrite)
+        else:
+            if self.store.exists() and not overwrite:
+                raise ValueError(
+                    f"{self.store} exists and was not made by this command; use another --out, or "
+                    "--overwrite to replace it"
+                )
+            self._clear()
+        # From here on the folder says whose it is, even if the first batch is killed.
+        self.commit([])
+
+    def _resume(self, overwrite: bool) -> None:
+        try:
+            record = json.loads(self.progress.read_text("utf-8"))
+            known, done = record["options"], dict(record["done"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if not overwrite:
+                raise ValueError(
+                    f"{self.progress} cannot be read ({error}); use another --out or --overwrite"
+                ) from error
+            known, done = None, {}
+        if overwrite and known != self.fingerprint:
+            self._clear()
+            return
+        if known != self.fingerprint:
+            raise ValueError(
+                f"{self.path} holds an analysis with {_difference(known, self.fingerprint)}; "
+                "use another --out, or --overwrite to replace it"
+            )
+        self.done = done
+        if not self.store.exists():
+            self.done = {}
+        self._cut_back(len(self.done))
+
+    def _clear(self) -> None:
+        """Removes what this command made, and nothing else."""
+        self.progress.unlink(missing_ok=True)
+        shutil.rmtree(self.store, ignore_errors=True)
+        shutil.rmtree(self.path / "images", ignore_errors=True)
+        for page in (*self.path.glob("contact_sheet*.png"), self.path / "index.html"):
+            page.unlink(missing_ok=True)
+
+    def _cut_back(self, count: int) -> None:
+        """Shortens arrays that a killed run had begun to extend."""
+        import zarr
+
+        if not self.store.exists():
+            return
+        if not count:
+            shutil.rmtree(self.store)
+            return
+        (self.store / ".zmetadata").unlink(missing_ok=True)
+        for _, array in zarr.open_group(self.store, mode="a", use_consolidated=False).arrays():
+            dims: Any = array.attrs.get("_ARRAY_DIMENSIONS") or ()
+            if list(dims)[:1] == ["image"]:
+                array.resize((count, *array.shape[1:]))
+
+    def append(self, dataset: xr.Dataset) -> None:
+        """Adds a batch to the store; it counts only after `commit`."""
+        (self.store / ".zmetadata").unlink(missing_ok=True)
+        # Format 2: variable-length strings and consolidated metadata are stable in it.
+        if not self.done:
+            encoding = {
+                str(name): {"chunks": tuple(
+                    1 if axis < _IMAGE_CHUNK.get(str(name), 1) else size
+                    for axis, size in enumerate(variable.shape)
+                )}
+                for name, variable in dataset.data_vars.items()
+            }  # fmt: skip
+            encoding["image"] = {"chunks": (1024,)}
+            dataset.to_zarr(
+                self.store, mode="w", encoding=encoding, consolidated=False, zarr_format=2
+            )
+        else:
+            fixed = [str(n) for n, v in dataset.variables.items() if "image" not in v.dims]
+            dataset.drop_vars(fixed).to_zarr(
+                self.store, append_dim="image", consolidated=False, zarr_format=2
+            )
+
+    def commit(self, works: Sequence[Work]) -> None:
+        """Records that arrays and figures of these images are complete."""
+        self.done.update({work.name: work.sha256 for work in works})
+        unfinished = self.progress.with_suffix(".unfinished")
+        record = {"options": self.fingerprint, "done": list(self.done.items())}
+        unfinished.write_text(json.dumps(record, indent=1), "utf-8")
+        os.replace(unfinished, self.progress)
+
+    def finish(self, failures: list[tuple[str, str]]) -> xr.Dataset | None:
+        """Draws the sheets and the page over everything in the folder."""
+        import xarray as xr
+        import zarr
+
+        from vit_interact.viz.report import contact_sheet, index_page
+
+        if not self.done:
+            return None
+        zarr.consolidate_metadata(self.store, zarr_format=2)
+        dataset = xr.open_zarr(self.store)
+        contact_sheet(dataset, self.path / "contact_sheet.png")
+        index_page(dataset, self.path, failures, self.path / "index.html")
+        return dataset
+
+
+def _difference(old: Any, new: dict[str, Any]) -> str:
+    """The settings that differ, as `name=old (not new)`."""
+    if not isinstance(old, dict):
+        return "unreadable settings"
+    told = []
+    for key in sorted({*old, *new}):
+        if old.get(key) == new.get(key):
+            continue
+        if isinstance(old.get(key), dict) and isinstance(new.get(key), dict):
+            told.append(_difference(old[key], new[key]))
+        elif key.endswith("sha256"):
+            told.append("other weights")
+        else:
+            told.append(f"{key}={old.get(key)} (not {new.get(key)})")
+    return ", ".join(told)
