@@ -5,6 +5,9 @@ import pathlib
 
 # Before jax starts: eight devices, so that sharded code is really sharded.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests compile much and compute little: without LLVM's optimisations they take half the time. What
+# is asserted about memory and FLOPs is decided before LLVM.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 from jaxtyping import install_import_hook
 

@@ -65,6 +65,10 @@ def _one_line_errors() -> Iterator[None]:
         raise typer.Exit(130) from None
     except (ValueError, OSError) as error:
         _fail(error)
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        _fail("the device has too little memory: try a smaller --batch-size or fewer --layers")
 
 
 @contextlib.contextmanager

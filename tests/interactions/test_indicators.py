@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.test_util import check_grads
 
 from tests.interactions import reference
 from vit_interact import TokenLayout
@@ -151,7 +152,7 @@ def test_gradient_matches_finite_differences(name):
     tensors = make(tokens=4)
     with jax.enable_x64(True):
         arguments = [jnp.asarray(tensors[need]) for need in vx.NEEDS[name]]
-        jax.test_util.check_grads(
+        check_grads(
             lambda w: vx.INDICATORS[name](w, *arguments[1:]),
             (arguments[0],), order=1, modes=["rev"], rtol=1e-4, atol=1e-4,
         )  # fmt: skip

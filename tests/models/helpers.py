@@ -1,5 +1,7 @@
 """Small models with random parameters in every tensor, so that nothing is trivially zero."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -7,6 +9,7 @@ from vit_interact.models.config import ViTConfig
 from vit_interact.models.vit import ViT
 
 
+@functools.cache
 def tiny(seed=0, batch=2, **overrides):
     """A model, its parameters and normalised images."""
     fields = dict(
@@ -20,7 +23,7 @@ def tiny(seed=0, batch=2, **overrides):
     )
     model = ViT(ViTConfig(**{**fields, **overrides}))
     images = jax.random.normal(jax.random.key(seed + 1), (batch, *model.config.image_size, 3))
-    params = model.init(jax.random.key(seed), images)["params"]
+    params = jax.jit(model.init)(jax.random.key(seed), images)["params"]
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed + 2), len(leaves))
     noisy = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]

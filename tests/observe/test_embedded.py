@@ -87,8 +87,6 @@ def test_edge_against_really_cut_edges(embedded):
     )
     model, params = checkpoint.model, checkpoint.params
     truth = np.abs(vi.ablate_edges(model, params, images[:1], edges, batch_size=16))
-        vi.ablate_edges(checkpoint.model, checkpoint.params, images[:1], edges, batch_size=16)
-    )
     with jax.enable_x64(True):
         model = ViT(dataclasses.replace(checkpoint.model.config, dtype="float64"), taps=Taps())
         params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), checkpoint.params)
