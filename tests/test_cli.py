@@ -1,4 +1,5 @@
 import json
+import os
 import random
 import re
 import shutil
@@ -227,10 +228,45 @@ def test_one_compilation_for_all_batches(tmp_path, weights, caplog):
     assert len(compiled) == 1
 
 
+@pytest.mark.parametrize("options", [(), ("--overwrite",)])
+@pytest.mark.parametrize(
+    "made", ["images/0.png", "index.html", "contact_sheet.png", "progress.json"]
+)
+def test_files_of_others_in_the_output_folder_stay(tmp_path, weights, made, options):
+    """`--out .` beside a folder `images` of photographs."""
+    theirs = tmp_path / made
+    theirs.parent.mkdir(exist_ok=True)
+    theirs.write_bytes(b"{}")
+    images = photographs(tmp_path / "in", 1)
+    message = one_error("analyze", images, "--model", weights, "--out", tmp_path, *options)
+    assert "was not made by this command" in message
+    assert theirs.read_bytes() == b"{}"
+
+
+def test_names_and_files_that_are_none(tmp_path, weights):
+    """A pipe does not hang the command, and a name that is not UTF-8 does not end it."""
+    images = photographs(tmp_path / "in", 1)
+    os.rename(images / "0.png", os.fsencode(images) + b"/\xff.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    (images / "empty.png").touch()
+    os.rename(images / "empty.png", os.fsencode(images) + b"/\xfe.png")
+    out = tmp_path / "out"
+    result = run("analyze", images, tmp_path / "pipe.png", "--model", weights, "--out", out, code=3)
+    assert "1 analysed, 2 failed" in result.output
+    assert "no regular file" in result.stderr
+    assert list(xr.open_zarr(out / "analysis.zarr")["image"].values) == ["in/\\udcff.png"]
+
+
+def test_batches_are_no_larger_than_the_work(tmp_path, weights):
+    images = photographs(tmp_path / "in", 1)
+    run("analyze", images, "--model", weights, "--out", tmp_path / "out",
+        "--batch-size", 10**9)  # fmt: skip
+
+
 @pytest.mark.slow
 def test_killed_runs_lose_nothing_that_was_done(tmp_path, weights):
     """kill -9 at random moments, then the same command: equal to an uninterrupted run."""
-    images = photographs(tmp_path / "in", 11)
+    images = photographs(tmp_path / "in", 13)  # enough for figures in other processes
     command = [sys.executable, "-m", "vit_interact.cli", "analyze", str(images), "--model",
                str(weights), "--batch-size", "2", "--out"]  # fmt: skip
     started = time.time()

@@ -65,8 +65,8 @@ def _one_line_errors() -> Iterator[None]:
         raise typer.Exit(130) from None
     except (ValueError, OSError) as error:
         _fail(error)
-    except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         _fail("the device has too little memory: try a smaller --batch-size or fewer --layers")
 
@@ -131,7 +131,7 @@ def _parse_score(text: str, checkpoint: Checkpoint) -> str | int:
     names, outputs = checkpoint.class_names or (), checkpoint.model.config.num_classes
     if text in names:
         return names.index(text)
-    if text.isdigit() and int(text) < outputs:
+    if text.isdecimal() and int(text) < outputs:
         return int(text)
     import difflib
 

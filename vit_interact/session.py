@@ -11,12 +11,12 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import multiprocessing
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from vit_interact.data.images import ImageError, read_image
+from vit_interact.data.naming import Work, name_files, visible
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -68,14 +69,6 @@ class Outcome(NamedTuple):
     failures: list[tuple[str, str]]
 
 
-class Work(NamedTuple):
-    """One image to analyse."""
-
-    name: str
-    path: Path
-    sha256: str
-
-
 def analyze_folder(
     checkpoint: Checkpoint,
     files: Sequence[Path],
@@ -107,12 +100,14 @@ def analyze_folder(
     skipped = 0
     # The name's folders depend on the other files of the command, so they do not count here.
     before = {(Path(name).name, digest) for name, digest in folder.done.items()}
-    for work in _name_files(files, folder.done, failures):
+    for work in name_files(files, folder.done, failures):
         if (work.path.name, work.sha256) in before:
             skipped += 1
         else:
             todo.append(work)
     advance(skipped + len(failures))
+    # A few images don't pay for the padding of a large batch.
+    batch_size = min(batch_size, max(1, len(todo)))
     done = 0
     with _renderer(len(todo)) as render:
         for start in range(0, len(todo), batch_size):
@@ -139,28 +134,6 @@ def _fingerprint(checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
     }
 
 
-def _name_files(
-    files: Sequence[Path], done: dict[str, str], failures: list[tuple[str, str]]
-) -> Iterator[Work]:
-    """Names images by their path below the deepest folder that holds them all."""
-    absolute = {path.absolute(): path for path in files}
-    root = Path(os.path.commonpath([path.parent for path in absolute]))
-    for full, path in absolute.items():
-        name = full.relative_to(root).as_posix()
-        try:
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        except IsADirectoryError:
-            failures.append((str(path), "is a folder; expected an image file"))
-            continue
-        except OSError as error:
-            failures.append((str(path), (error.strerror or "cannot be read").lower()))
-            continue
-        if done.get(name, digest) != digest:
-            # Another file of that name is in the folder already, or this one has changed.
-            name = f"{name} ({digest[:8]})"
-        yield Work(name, path, digest)
-
-
 def _decode(
     chunk: Sequence[Work], checkpoint: Checkpoint, failures: list[tuple[str, str]]
 ) -> tuple[list[Work], np.ndarray]:
@@ -170,7 +143,7 @@ def _decode(
             pictures.append(checkpoint.preprocess.picture(read_image(work.path)))
             good.append(work)
         except ImageError as error:
-            failures.append((str(work.path), error.reason))
+            failures.append((visible(str(work.path)), error.reason))
     return good, np.stack(pictures) if pictures else np.zeros((0, 1, 1, 3), np.uint8)
 
 
@@ -238,7 +211,8 @@ def _renderer(images: int) -> Iterator[Callable[[Any, Path], None]]:
         return
     # spawn: forking a process that runs XLA's threads can hang.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(min(4, os.cpu_count() or 1), context) as pool:
+    workers = min(4, os.cpu_count() or 1)
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
 
         def render_in_pool(dataset: xr.Dataset, out: Path) -> None:
             count = dataset.sizes["image"]
@@ -246,6 +220,18 @@ def _renderer(images: int) -> Iterator[Callable[[Any, Path], None]]:
             list(pool.map(_render_one, each, [out] * count))
 
         yield render_in_pool
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when its parent is killed; it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class _Folder:
@@ -261,12 +247,13 @@ class _Folder:
         if self.progress.exists():
             self._resume(overwrite)
         else:
-            if self.store.exists() and not overwrite:
+            # Without our record nothing here is ours: `--out .` beside a folder `images` of
+            # photographs must not cost a file, not even with --overwrite.
+            theirs = [made for made in self._made() if os.path.lexists(made)]
+            if theirs:
                 raise ValueError(
-                    f"{self.store} exists and was not made by this command; use another --out, or "
-                    "--overwrite to replace it"
+                    f"{theirs[0]} exists and was not made by this command; use another --out"
                 )
-            self._clear()
         # From here on the folder says whose it is, even if the first batch is killed.
         self.commit([])
 
@@ -275,11 +262,10 @@ class _Folder:
             record = json.loads(self.progress.read_text("utf-8"))
             known, done = record["options"], dict(record["done"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            if not overwrite:
-                raise ValueError(
-                    f"{self.progress} cannot be read ({error}); use another --out or --overwrite"
-                ) from error
-            known, done = None, {}
+            # Ours is replaced atomically, so this is somebody else's.
+            raise ValueError(
+                f"{self.progress} was not made by this command; use another --out"
+            ) from error
         if overwrite and known != self.fingerprint:
             self._clear()
             return
@@ -293,13 +279,20 @@ class _Folder:
             self.done = {}
         self._cut_back(len(self.done))
 
+    def _made(self) -> list[Path]:
+        """What this command writes beside `progress.json`."""
+        pages = [*self.path.glob("contact_sheet*.png"), self.path / "index.html"]
+        return [self.store, self.path / "images", *pages]
+
     def _clear(self) -> None:
-        """Removes what this command made, and nothing else."""
-        self.progress.unlink(missing_ok=True)
-        shutil.rmtree(self.store, ignore_errors=True)
-        shutil.rmtree(self.path / "images", ignore_errors=True)
-        for page in (*self.path.glob("contact_sheet*.png"), self.path / "index.html"):
-            page.unlink(missing_ok=True)
+        """Removes an earlier analysis of this command; only after its record has been read."""
+        self.done = {}
+        self.commit([])
+        for made in self._made():
+            if made.is_dir():
+                shutil.rmtree(made)
+            else:
+                made.unlink(missing_ok=True)
 
     def _cut_back(self, count: int) -> None:
         """Shortens arrays that a killed run had begun to extend."""

@@ -164,3 +164,19 @@ def test_find_images(tmp_path, monkeypatch):
     (tmp_path / "void").mkdir()
     with pytest.raises(ValueError, match="void: the folder holds no images"):
         find_images(["void"])
+
+
+def test_infinite_and_missing_floats(tmp_path):
+    values = np.array([[0, 1, np.inf], [np.nan, -np.inf, 0.2]], np.float32)
+    found = pixels(saved(tmp_path, Image.fromarray(values), "x.tif"))[..., 0]
+    np.testing.assert_array_equal(found, [[0, 255, 255], [0, 0, 51]])
+    nothing = saved(tmp_path, Image.fromarray(np.full((2, 2), np.nan, np.float32)), "y.tif")
+    with pytest.raises(ImageError, match="no finite pixel"):
+        read_image(nothing)
+
+
+def test_one_file_in_several_spellings_is_one(tmp_path, monkeypatch):
+    saved(tmp_path, Image.new("RGB", (2, 2)))
+    (tmp_path / "b").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert len(find_images(["x.png", tmp_path / "x.png", "b/../x.png"])) == 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+import os
+import stat
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,7 +32,8 @@ EXTENSIONS = frozenset(
         ".webp",
     ]
 )
-MAX_PIXELS = 2**28  # 268 megapixels: 0.8 GB once decoded
+# Where Pillow itself refuses (twice its MAX_IMAGE_PIXELS); 0.5 GB once decoded.
+MAX_PIXELS = 178_956_970
 
 
 class ImageError(ValueError):
@@ -59,7 +62,7 @@ def find_images(inputs: Iterable[str | Path]) -> list[Path]:
       ValueError: for a path that does not exist, a pattern that matches nothing, or a folder
         without images.
     """
-    found: dict[Path, None] = {}
+    found: dict[str, Path] = {}
     for given in inputs:
         path = Path(given).expanduser()
         if path.is_dir():
@@ -77,10 +80,12 @@ def find_images(inputs: Iterable[str | Path]) -> list[Path]:
             ]  # fmt: skip
             if not files:
                 raise ValueError(f"{given}: no such file, folder or pattern with a match")
-        found.update(dict.fromkeys(files))
+        for file in files:
+            # `a.png`, `./a.png` and `b/../a.png` are one file; a link to it is another name.
+            found.setdefault(os.path.join(os.path.realpath(file.parent), file.name), file)
     if not found:
         raise ValueError("no images given: name files, folders or glob patterns")
-    return list(found)
+    return list(found.values())
 
 
 def _inside(folder: Path) -> list[Path]:
@@ -110,11 +115,13 @@ def read_image(path: Path | str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         if path.is_dir():
             raise ImageError(path, "is a folder; expected an image file")
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ImageError(path, "is no regular file; expected an image file")
         if path.stat().st_size == 0:
             raise ImageError(path, "is empty; expected an image file")
         with warnings.catch_warnings():
-            # Pillow's own limit would warn; ours is checked below, before any pixel is decoded.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # Pillow warns at half of the limit below, and of damaged EXIF data that nobody needs.
+            warnings.simplefilter("ignore")
             with Image.open(path) as image:
                 pixels = image.width * image.height
                 if pixels > max_pixels:
@@ -159,7 +166,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _scaled(image: Image.Image) -> Image.Image:
     """16-bit, 32-bit and float greyscale: Pillow's own conversion would clip at 255."""
-    values = np.nan_to_num(np.asarray(image, np.float64))
+    values = np.asarray(image, np.float64)
+    # Infinite and missing values say nothing about the range of the others.
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        raise ValueError("no finite pixel")
+    values = np.clip(np.nan_to_num(values, nan=finite.min()), finite.min(), finite.max())
     if image.mode == "F":
         low, high = float(values.min()), float(values.max())
         if low >= 0 and high <= 1:

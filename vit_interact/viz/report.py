@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
+from vit_interact.data.naming import visible
 from vit_interact.viz import style
 from vit_interact.viz.fields import draw_arrows, full_length
 from vit_interact.viz.figures import FIGURES
@@ -262,9 +263,9 @@ def index_page(
     target = Path(path)
     page = _template().render(
         rows=list(_rows(ds, Path(folder), target.parent)),
-        failures=[(_visible(name), _visible(reason)) for name, reason in failures],
+        failures=[(visible(name), visible(reason)) for name, reason in failures],
         sheets=[_href(sheet, target.parent) for sheet in _sheets(Path(folder))],
-        model=_visible(str(ds.attrs.get("model", "unknown model"))),
+        model=visible(str(ds.attrs.get("model", "unknown model"))),
         facts=_facts(ds),
         options=[(name.replace("_", " "), _told(value)) for name, value in ds.attrs.items()],
     )
@@ -298,10 +299,10 @@ def _rows(ds: xr.Dataset, folder: Path, base: Path) -> Iterator[Row]:
         area = np.where(scene.blank_queries, np.nan, scene.array("combined_area"))
         files = folder / "images" / slug(name)
         yield Row(
-            name=_visible(name),
+            name=visible(name),
             anchor=slug(name),
             guesses=[
-                Guess(_visible(name), f"{100 * share:.1f} %") for name, share in predictions(one)
+                Guess(visible(name), f"{100 * share:.1f} %") for name, share in predictions(one)
             ],
             area=_mean(area * 100, "{:.1f} %"),
             spread=_mean(scene.array("combined_spread"), "{:.2f} patches"),
@@ -348,12 +349,8 @@ def _told(value: Any) -> str:
         try:
             value = json.loads(value)
         except json.JSONDecodeError:
-            return _visible(value)
+            return visible(value)
     if isinstance(value, dict | list):
         return json.dumps(value, indent=1, ensure_ascii=False)
-    return _visible(str(value))
+    return visible(str(value))
 
-
-def _visible(text: str) -> str:
-    """Text that UTF-8 can hold: undecodable bytes of file names as backslash codes."""
-    return text.encode("utf-8", "backslashreplace").decode()
