@@ -75,7 +75,7 @@ def test_edge_against_really_cut_edges(embedded):
     """Random edges of four layers, patches on patches; METHOD reports rho >= 0.998."""
     checkpoint, images = embedded
     rng = np.random.default_rng(0)
-    count = 96
+    count = 48
     edges = np.stack(
         [
             np.zeros(count, int),
