@@ -10,6 +10,7 @@ from jax.test_util import check_grads
 from tests.interactions import reference
 from vit_interact import TokenLayout
 from vit_interact import interactions as vx
+from vit_interact.observe.ablation import enable_x64
 
 SINGLE = [name for name in vx.INDICATORS if name != "rollout"]
 
@@ -150,7 +151,7 @@ def test_gradients_are_finite_at_zero(name):
 @pytest.mark.parametrize("name", SINGLE)
 def test_gradient_matches_finite_differences(name):
     tensors = make(tokens=4)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         arguments = [jnp.asarray(tensors[need]) for need in vx.NEEDS[name]]
         check_grads(
             lambda w: vx.INDICATORS[name](w, *arguments[1:]),

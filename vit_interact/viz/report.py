@@ -353,4 +353,3 @@ def _told(value: Any) -> str:
     if isinstance(value, dict | list):
         return json.dumps(value, indent=1, ensure_ascii=False)
     return visible(str(value))
-
