@@ -18,7 +18,8 @@ from vit_interact.models.vit import Block, Images, ViT
 from vit_interact.observe.probe import Score, class_score, make_score
 
 # jax 0.7 has it under jax.experimental, later releases only at the top.
-enable_x64: Any = getattr(jax, "enable_x64", None) or jax.experimental.enable_x64
+_X64_HOME: Any = jax if hasattr(jax, "enable_x64") else jax.experimental
+enable_x64 = _X64_HOME.enable_x64
 
 
 def ablate_edges(
