@@ -203,6 +203,19 @@ def test_score_and_layers_reach_the_measure(tmp_path, weights):
     assert np.abs(a["interaction"] - c["interaction"]).max() > 0
 
 
+def test_weights_without_classes(tmp_path):
+    model, params, _ = tiny(num_classes=0)
+    path = tmp_path / "features.safetensors"
+    vi.export_timm(model, params, path)
+    images = photographs(tmp_path / "in", 1)
+    command = ("analyze", images, "--model", path, "--out", tmp_path / "out")
+    assert "these weights have no classes" in one_error(*command, "--indicator", "edge")
+    assert "prediction" not in run(*command).output
+    assert "prediction" not in xr.open_zarr(tmp_path / "out" / "analysis.zarr")
+    assert "no classes" in (tmp_path / "out" / "index.html").read_text()
+    run(*command, "--indicator", "edge", "--score", "3", "--overwrite")
+
+
 def test_convert_round_trip(tmp_path, weights):
     target = tmp_path / "half.safetensors"
     run("convert", weights, target, "--dtype", "float16")

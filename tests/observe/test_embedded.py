@@ -9,7 +9,6 @@ import pytest
 
 import vit_interact as vi
 from vit_interact import interactions as vx
-from vit_interact.data.images import read_image
 from vit_interact.models.attention import Taps
 from vit_interact.models.vit import ViT
 from vit_interact.observe.ablation import enable_x64
@@ -18,9 +17,7 @@ from vit_interact.observe.ablation import enable_x64
 @pytest.fixture(scope="module")
 def embedded():
     checkpoint = vi.load_checkpoint("vit_s14_caltech101")
-    pictures = [read_image(sample.path) for sample in vi.sample_images(2)]
-    pixels = np.stack([checkpoint.preprocess.picture(picture) for picture in pictures])
-    return checkpoint, checkpoint.preprocess.normalize(pixels)
+    return checkpoint, checkpoint.load_images(sample.path for sample in vi.sample_images(2))
 
 
 def test_predicts_its_photographs(embedded):

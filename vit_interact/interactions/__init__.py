@@ -11,20 +11,18 @@ from vit_interact.interactions.indicators import (
     UNITS,
     Captures,
     attention,
-    combine_layers,
     compute,
     dispersion,
     edge,
     gradient,
     leave_one_out,
-    normalise_rows,
-    patch_view,
     roll,
     rollout,
     value_norm,
 )
 from vit_interact.interactions.removal import received_impact, removal_order
 from vit_interact.interactions.statistics import Statistics
+from vit_interact.interactions.views import combine_layers, normalise_rows, patch_view
 from vit_interact.interactions.windows import (
     coverage_map,
     smallest_windows,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from vit_interact.layout import TokenLayout
+from vit_interact.interactions.views import normalise_rows, widen
 
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -54,7 +54,7 @@ def attention(weights: Weights) -> Float[Array, "*batch N N"]:
     Returns:
       `[..., N, N]`, a share of attention (no unit).
     """
-    return jnp.mean(_wide(weights), axis=-3)
+    return jnp.mean(widen(weights), axis=-3)
 
 
 def dispersion(weights: Weights) -> Float[Array, "*batch N N"]:
@@ -68,7 +68,7 @@ def dispersion(weights: Weights) -> Float[Array, "*batch N N"]:
     Returns:
       `[..., N, N]`, a share of attention (no unit).
     """
-    weights = _wide(weights)
+    weights = widen(weights)
     mean = jnp.mean(weights, axis=-3, keepdims=True)
     return _safe_sqrt(jnp.mean(jnp.square(weights - mean), axis=-3))
 
@@ -87,7 +87,7 @@ def value_norm(weights: Weights, values: Heads, out_kernel: Kernel) -> Float[Arr
     Returns:
       `[..., N, N]`, in units of the residual stream.
     """
-    weights = _wide(weights)
+    weights = widen(weights)
     values, kernel = _like(values, weights), _like(out_kernel, weights)
     moved = jnp.einsum("...jhk,hkd->...jhd", values, kernel, precision=_EXACT)
     gram = jnp.einsum("...jhd,...jgd->...hgj", moved, moved, precision=_EXACT)
@@ -115,7 +115,7 @@ def gradient(weights: Weights, values: Heads, output_grad: Heads) -> Float[Array
     Returns:
       `[..., N, N]`, in units of the score.
     """
-    weights = _wide(weights)
+    weights = widen(weights)
     values, output_grad = _like(values, weights), _like(output_grad, weights)
 
     def add_head(h: Array, total: Array) -> Array:
@@ -142,7 +142,7 @@ def leave_one_out(
     Returns:
       `[..., N, N]`, in units of the residual stream. 0 where `i` attends to nothing else.
     """
-    weights = _wide(weights)
+    weights = widen(weights)
     values, kernel = _centred(values, weights), _like(out_kernel, weights)
     metric = jnp.einsum("hkd,hld->hkl", kernel, kernel, precision=_EXACT)  # M_h = W_h W_hᵀ
 
@@ -180,7 +180,7 @@ def edge(
     Returns:
       `[..., N, N]`, in units of the score. 0 where `i` attends to nothing else.
     """
-    weights = _wide(weights)
+    weights = widen(weights)
     values, output_grad = _centred(values, weights), _like(output_grad, weights)
 
     def add_head(h: Array, total: Array) -> Array:
@@ -218,7 +218,7 @@ def roll(indicator: Float[Array, "L *batch N N"]) -> Float[Array, "L *batch N N"
     Returns:
       `[L, ..., N, N]`, rows sum to 1.
     """
-    indicator = normalise_rows(_wide(indicator))
+    indicator = normalise_rows(widen(indicator))
     identity = jnp.eye(indicator.shape[-1], dtype=indicator.dtype)
     mixed = normalise_rows(0.5 * indicator + 0.5 * identity)
 
@@ -291,53 +291,6 @@ def compute(name: str, captures: Captures) -> Float[Array, "L B N N"]:
     return jax.lax.map(lambda layer: INDICATORS[name](*layer), tuple(arguments))
 
 
-def patch_view(
-    indicator: Float[Array, "*batch N N"], layout: TokenLayout, rows: bool = True
-) -> Float[Array, "*batch P P"]:
-    """The impact of patches on patches, without prefix tokens.
-
-    Args:
-      indicator: `[..., N, N]`.
-      layout: which token is which patch.
-      rows: divide each row by its sum; a row of zeros stays zero.
-
-    Raises:
-      ValueError: when the indicator does not fit the layout.
-    """
-    layout.check_tokens(indicator.shape, "indicator")
-    view = _wide(indicator)[..., layout.prefix :, layout.prefix :]
-    return normalise_rows(view) if rows else view
-
-
-def combine_layers(
-    indicator: Float[Array, "L *batch N N"], layout: TokenLayout
-) -> Float[Array, "*batch N N"]:
-    """Mean over layers, each first divided by its own patch-to-patch mean for that image.
-
-    Without the division one layer would drown the rest. A layer whose patch-to-patch view is all
-    zeros (the last one of `edge` and `gradient` with a class-token head) is left out.
-
-    Args:
-      indicator: `[L, ..., N, N]`.
-      layout: which token is which patch.
-
-    Returns:
-      `[..., N, N]`; patch-to-patch entries have mean 1.
-    """
-    layout.check_tokens(indicator.shape, "indicator")
-    indicator = _wide(indicator)
-    scale = jnp.mean(patch_view(indicator, layout, rows=False), axis=(-2, -1), keepdims=True)
-    counted = scale > 0
-    scaled = jnp.where(counted, indicator / jnp.where(counted, scale, 1), 0)
-    return jnp.sum(scaled, axis=0) / jnp.maximum(jnp.sum(counted, axis=0), 1)
-
-
-def normalise_rows(matrix: Float[Array, "*batch N M"]) -> Float[Array, "*batch N M"]:
-    """Each row divided by its sum; a row of zeros stays zero."""
-    total = jnp.sum(matrix, axis=-1, keepdims=True)
-    return jnp.where(total > 0, matrix / jnp.where(total > 0, total, 1), 0)
-
-
 class _Cut(NamedTuple):
     """What cutting each edge of one head does to the head's output `o_i`.
 
@@ -391,12 +344,6 @@ def _sum_over_heads(add_head: Callable[[Array, Array], Array], weights: Array) -
 
 def _pick(array: Array, head: Array, axis: int = -3) -> Array:
     return jax.lax.dynamic_index_in_dim(array, head, axis % array.ndim, keepdims=False)
-
-
-def _wide(array: Array | np.ndarray) -> Array:
-    """float32, or float64 when it already is."""
-    array = jnp.asarray(array)
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
 def _like(array: Array | np.ndarray, weights: Array) -> Array:

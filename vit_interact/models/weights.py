@@ -12,12 +12,13 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jaxtyping import Float
 
 from vit_interact.models import architecture
 from vit_interact.models.config import ViTConfig, as_pair
@@ -73,6 +74,23 @@ class Checkpoint(NamedTuple):
     source: str
     sha256: str
     notes: tuple[str, ...]
+
+    def load_images(self, paths: Iterable[str | pathlib.Path]) -> Float[np.ndarray, "B h w 3"]:
+        """Reads image files as the model wants them.
+
+        Args:
+          paths: image files.
+
+        Returns:
+          Cropped, resized and normalised, float32 `[B, h, w, 3]`.
+
+        Raises:
+          ImageError: for a file that cannot be read, naming it.
+        """
+        from vit_interact.data.images import read_image
+
+        pictures = [self.preprocess.picture(read_image(path)) for path in paths]
+        return self.preprocess.normalize(np.stack(pictures))
 
 
 def load_checkpoint(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from vit_interact.interactions import fields, indicators, removal, windows
+from vit_interact.interactions import fields, indicators, removal, views, windows
 from vit_interact.layout import TokenLayout
 from vit_interact.models.vit import Images, ViT
 from vit_interact.observe.measure import measure_with_logits
@@ -77,8 +77,9 @@ def analyze(
 
     Returns:
       A dataset with dimensions image, layer, query, key, row, col and more (docs/method.md lists
-      the variables). Across layers, variables start with `combined_`: each layer divided by its own
-      mean, then averaged; for `rollout` the rollout through the last measured layer.
+      the variables); a model without classes has no `prediction`. Across layers, variables start
+      with `combined_`: each layer divided by its own mean, then averaged; for `rollout` the rollout
+      through the last measured layer.
 
     Raises:
       ValueError: for unknown options, or when a model that is not ours comes without `layout`.
@@ -107,8 +108,9 @@ def analyze(
             units = {"units": "share of the row" if name == "interaction" else "mean of layers"}
         variables[f"combined_{name}"] = (("image", *dims), found["combined"][name], units)
     variables["removal_order"] = (("image", "query"), found["removal_order"])
-    variables["prediction"] = (("image", "top"), found["prediction"])
-    variables["probability"] = (("image", "top"), found["probability"], {"units": "1"})
+    if not isinstance(model, ViT) or model.config.has_classes:
+        variables["prediction"] = (("image", "top"), found["prediction"])
+        variables["probability"] = (("image", "top"), found["probability"], {"units": "1"})
     variables["score"] = (("image",), found["score"], {"units": "logit"})
     return xr.Dataset(
         variables,
@@ -142,10 +144,8 @@ def _analyze(
     asked: Score = score or ("predicted" if classes is None else classes)
     logits, maps = measure_with_logits(model, params, images, (indicator,), asked, layers)
     measured = maps[indicator]  # [L, B, N, N]
-    if indicator == "rollout":
-        combined = measured[-1]
-    else:
-        combined = indicators.combine_layers(measured, layout)
+    rolled = indicator == "rollout"
+    combined = measured[-1] if rolled else views.combine_layers(measured, layout)
     probability = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     top, prediction = jax.lax.top_k(probability, min(5, logits.shape[-1]))
     whole = _describe(combined, layout, coverage, normalised=True)
@@ -164,7 +164,7 @@ def _describe(
     indicator: Float[Array, "*batch N N"], layout: TokenLayout, coverage: float, normalised: bool
 ) -> dict[str, Array]:
     """Every variable of `_DIMS` for indicators with any leading axes."""
-    view = indicators.patch_view(indicator, layout, rows=normalised)
+    view = views.patch_view(indicator, layout, rows=normalised)
     box = windows.smallest_windows(view, layout, coverage)
     impact = removal.received_impact(indicator, layout)
     return {

@@ -148,7 +148,10 @@ class Scene:
         Args:
           limit: longest class name in characters; longer ones are cut in the middle.
         """
-        name, probability = predictions(self.data)[0]
+        best = predictions(self.data)[:1]
+        if not best:
+            return "a model without classes"
+        name, probability = best[0]
         return f"{style.shorten(name, limit)} ({100 * probability:.1f} %)"
 
     def title(self, subject: str) -> str:
@@ -165,7 +168,8 @@ class Scene:
         else:
             told = f"{len(layers)} layers" if layers else "no single layers kept"
         name = style.indicator_style(str(self.data.attrs.get("indicator", "unknown"))).label
-        parts = [f"predicted: {self.prediction()}", f"indicator: {style.shorten(name, 30)}"]
+        seen = f"predicted: {self.prediction()}" if predictions(self.data) else self.prediction()
+        parts = [seen, f"indicator: {style.shorten(name, 30)}"]
         if np.isfinite(self.coverage):
             parts.append(f"coverage {self.coverage:.0%}".replace("%", " %"))
         return "  ·  ".join([*parts, told])
@@ -174,8 +178,11 @@ class Scene:
 def predictions(data: xr.Dataset) -> list[tuple[str, float]]:
     """Predicted classes of one image with their probabilities (0 to 1), best first.
 
-    A class is its name where the coordinate `class_name` has it, else such as `class 17`.
+    A class is its name where the coordinate `class_name` has it, else such as `class 17`. Empty for
+    a model without classes.
     """
+    if "prediction" not in data:
+        return []
     names = data["class_name"].values if "class_name" in data.coords else ()
     numbers = np.atleast_1d(data["prediction"].values)
     shares = np.atleast_1d(data["probability"].values)

@@ -1,118 +1,19 @@
-"""The command line: `vit-interact analyze | demo | models | convert`. Thin; imports lazily."""
+"""`vit-interact analyze` and `demo`."""
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vit_interact.cli.shell import DEFAULT_MODEL, app, load, one_line_errors, progress
+
 if TYPE_CHECKING:
     from vit_interact.models.weights import Checkpoint
-    from vit_interact.session import Outcome
+    from vit_interact.session import Options, Outcome
 
-DEFAULT_MODEL = "vit_s14_caltech101"
 SOME_FAILED = 3
-
-app = typer.Typer(
-    help="See which image patch affects which in a Vision Transformer.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
-def main() -> None:
-    """Entry point of `vit-interact`."""
-    app()
-
-
-def _version(asked: bool) -> bool:
-    if asked:
-        from vit_interact import __version__
-
-        print(f"vit-interact {__version__}")
-        raise typer.Exit
-    return asked
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
-    pass
-
-
-def _fail(message: object) -> NoReturn:
-    """One line to stderr and exit code 1."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise typer.Exit(1)
-
-
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Bad input and full disks become one line, never a traceback."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("interrupted; finished images are kept: run it again to go on", file=sys.stderr)
-        raise typer.Exit(130) from None
-    except (ValueError, OSError) as error:
-        _fail(error)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        _fail("the device has too little memory: try a smaller --batch-size or fewer --layers")
-
-
-@contextlib.contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with ETA on stderr; it says `compiling` until the first images are through."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        SpinnerColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(f"{what} (compiling first)", total=total)
-
-        def advance(images: int) -> None:
-            progress.update(task, advance=images, description=what if images else None)
-
-        yield advance
-
-
-def _load(model: str, **settings: Any) -> Checkpoint:
-    """Loads weights and prints what they are and what was assumed."""
-    from vit_interact.models.weights import load_checkpoint
-
-    checkpoint = load_checkpoint(model, **settings)
-    config = checkpoint.model.config
-    print(
-        f"{checkpoint.source}: {config.count_parameters() / 1e6:.1f} M parameters, "
-        f"{config.layout.rows}x{config.layout.cols} patches, {config.depth} layers, "
-        f"{config.heads} heads"
-    )
-    print(f"  preprocessing: {checkpoint.preprocess.describe()}")
-    for note in checkpoint.notes:
-        print(f"  {note}")
-    return checkpoint
 
 
 def _parse_layers(text: str | None) -> tuple[int, ...] | None:
@@ -128,7 +29,8 @@ def _parse_score(text: str, checkpoint: Checkpoint) -> str | int:
     """`predicted`, a class name or a class number."""
     if text == "predicted":
         return text
-    names, outputs = checkpoint.class_names or (), checkpoint.model.config.num_classes
+    config = checkpoint.model.config
+    names, outputs = checkpoint.class_names or (), config.num_classes or config.width
     if text in names:
         return names.index(text)
     if text.isdecimal() and int(text) < outputs:
@@ -189,17 +91,30 @@ def analyze(
     image, a contact sheet and [bold]index.html[/bold]. The same command again goes on where it
     stopped. Exit code 3: some images failed; 1: all did, or the input was wrong.
     """
-    with _one_line_errors():
+    with one_line_errors():
         from vit_interact.data.images import find_images
         from vit_interact.session import Options
 
         files = find_images(images)
         _check_options(indicator, coverage)
         chosen = _parse_layers(layers)
-        checkpoint = _load(model, image_size=image_size, arch=arch)
+        checkpoint = load(model, image_size=image_size, arch=arch)
         options = Options(indicator, coverage, chosen, _parse_score(score, checkpoint))
+        _check_score(options, checkpoint)
         outcome = _analyze(checkpoint, files, out, options, batch_size, overwrite)
     _report(outcome, checkpoint, out)
+
+
+def _check_score(options: Options, checkpoint: Checkpoint) -> None:
+    """Without classes nothing is predicted that a gradient could be of."""
+    from vit_interact.interactions.indicators import NEEDS
+
+    graded = "output_grad" in NEEDS[options.indicator] and options.score == "predicted"
+    if graded and not checkpoint.model.config.has_classes:
+        raise ValueError(
+            f"{options.indicator} is about a score, and these weights have no classes: choose "
+            "another --indicator, or one output by --score NUMBER"
+        )
 
 
 def _check_options(indicator: str, coverage: float) -> None:
@@ -217,7 +132,7 @@ def _analyze(
 ) -> Outcome:  # fmt: skip
     from vit_interact.session import analyze_folder
 
-    with _progress("analysing", len(files)) as advance:
+    with progress("analysing", len(files)) as advance:
         return analyze_folder(checkpoint, files, out, options, batch_size, overwrite, advance)
 
 
@@ -230,15 +145,16 @@ def _report(outcome: Outcome, checkpoint: Checkpoint, out: Path) -> None:
     console = Console()
     if outcome.dataset is not None:
         table = Table("image", "area of windows")
-        if checkpoint.model.config.has_classes:
+        guesses = [name for name in ("prediction", "probability") if name in outcome.dataset]
+        if guesses:
             table.add_column("prediction")
             table.add_column("probability", justify="right")
-        data = outcome.dataset[["prediction", "probability", "combined_area"]].load()
+        data = outcome.dataset[["combined_area", *guesses]].load()
         for index in range(min(40, data.sizes["image"])):
             one = data.isel(image=index)
             name, area = str(one["image"].values), float(one["combined_area"].mean())
             row = [escape(name), f"{area:.0%}"]
-            if checkpoint.model.config.has_classes:
+            if guesses:
                 number = int(one["prediction"][0])
                 names = checkpoint.class_names
                 row += [escape(names[number]) if names else f"class {number}",
@@ -272,13 +188,13 @@ def demo(
     Prints top-1 over the 202 embedded test photographs of Caltech-101 and leaves the folder that
     [bold]analyze[/bold] leaves.
     """
-    with _one_line_errors():
+    with one_line_errors():
         from vit_interact.data.samples import sample_images
         from vit_interact.session import Options
 
         samples = sample_images()
         files = [sample.path for sample in sample_images(limit)]
-        checkpoint = _load(DEFAULT_MODEL)
+        checkpoint = load(DEFAULT_MODEL)
         right = _top1(checkpoint, samples)
         print(f"top-1 on the {len(samples)} embedded photographs: {right / len(samples):.1%} "
               f"({right} right)")  # fmt: skip
@@ -300,7 +216,7 @@ def _top1(checkpoint: Checkpoint, samples: list[Any], batch_size: int = 16) -> i
         return logits.argmax(-1)
 
     names, right = checkpoint.class_names or (), 0
-    with _progress("classifying", len(samples)) as advance:
+    with progress("classifying", len(samples)) as advance:
         for start in range(0, len(samples), batch_size):
             chunk = samples[start : start + batch_size]
             pictures = [checkpoint.preprocess.picture(read_image(s.path)) for s in chunk]
@@ -310,81 +226,3 @@ def _top1(checkpoint: Checkpoint, samples: list[Any], batch_size: int = 16) -> i
             right += sum(names[g] == s.label for g, s in zip(guesses, chunk, strict=False))
             advance(len(chunk))
     return right
-
-
-@app.command(epilog="Examples:\n\nvit-interact models\n\nvit-interact models --json")
-def models(
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """List the architectures that can be created by name."""
-    import json
-
-    from vit_interact.models.zoo import list_models, model_config
-
-    rows: list[dict[str, Any]] = []
-    for name in list_models():
-        config = model_config(name)
-        rows.append(
-            {
-                "name": name,
-                "parameters": config.count_parameters(),
-                "image_size": list(config.image_size),
-                "patch_size": list(config.patch_size),
-                "layers": config.depth,
-                "heads": config.heads,
-                "width": config.width,
-                "prefix_tokens": config.prefix,
-                "outputs": config.num_classes,
-            }
-        )
-    if json_:
-        print(json.dumps(rows, indent=1))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("name", no_wrap=True)
-    for head in ("params", "image", "patch", "layers", "heads", "outputs"):
-        table.add_column(head, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            row["name"], f"{row['parameters'] / 1e6:.1f} M", str(row["image_size"][0]),
-            str(row["patch_size"][0]), str(row["layers"]), str(row["heads"]),
-            str(row["outputs"] or "features"),
-        )  # fmt: skip
-    Console().print(table)
-    print(f"weights that come with the package: {DEFAULT_MODEL}")
-
-
-@app.command(
-    epilog="Examples:\n\n"
-    "vit-interact convert ViT-B_16.npz vit_b16.safetensors\n\n"
-    "vit-interact convert hf:facebook/deit-small-patch16-224 deit.safetensors --dtype float16"
-)
-def convert(
-    source: Annotated[str, typer.Argument(help="Anything that --model takes.")],
-    target: Annotated[Path, typer.Argument(help="The .safetensors file to write (timm names).")],
-    image_size: Annotated[int | None, typer.Option(help="Resize positions to this size.")] = None,
-    arch: Annotated[str | None, typer.Option(help="Architecture when the file is unclear.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
-) -> None:
-    """Convert weights to timm-named safetensors, preprocessing and class names included."""
-    with _one_line_errors():
-        if target.suffix != ".safetensors":
-            raise ValueError(f"{target}: the file to write must end in .safetensors")
-        if target.exists() and not force:
-            raise ValueError(f"{target} exists; --force replaces it")
-        from vit_interact.models.weights import export_timm
-
-        loaded = _load(source, image_size=image_size, arch=arch)
-        export_timm(
-            loaded.model, loaded.params, target,
-            preprocess=loaded.preprocess, class_names=loaded.class_names, dtype=dtype,
-        )  # fmt: skip
-    print(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")
-
-
-if __name__ == "__main__":
-    main()

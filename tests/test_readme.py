@@ -1,0 +1,25 @@
+"""The README's Python runs as it stands, on embedded photographs."""
+
+import pathlib
+import re
+import shutil
+
+import vit_interact as vi
+
+README = pathlib.Path(__file__).parents[1] / "README.md"
+
+
+def test_python_block_runs(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for name, sample in zip(("cat.jpg", "dog.png"), vi.sample_images(2), strict=True):
+        shutil.copyfile(sample.path, name)
+    names: dict = {}
+    exec(code, names)
+    assert names["windows"].shape == (2, 256, 4)
+
+
+def test_pictures_and_links_are_there():
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", README.read_text("utf-8"))
+    assert targets
+    assert [target for target in targets if not (README.parent / target).exists()] == []

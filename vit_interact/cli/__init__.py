@@ -1,0 +1,35 @@
+"""The command line: `vit-interact analyze | demo | models | convert`. Thin; imports lazily."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from vit_interact.cli import analyze, models
+from vit_interact.cli.shell import app
+
+__all__ = ["analyze", "app", "main", "models"]
+
+
+def main() -> None:
+    """Entry point of `vit-interact`."""
+    app()
+
+
+def _version(asked: bool) -> bool:
+    if asked:
+        from vit_interact import __version__
+
+        print(f"vit-interact {__version__}")
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass

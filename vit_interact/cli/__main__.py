@@ -1,0 +1,5 @@
+"""`python -m vit_interact.cli`."""
+
+from vit_interact.cli import main
+
+main()
