@@ -46,7 +46,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress(what: str, total: int) -> Iterator[Callable[[float], None]]:
     """A bar with ETA on stderr; it says `compiling` until the first images are through."""
     from rich.console import Console
     from rich.progress import (
@@ -66,7 +66,7 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(f"{what} (compiling first)", total=total)
 
-        def advance(images: int) -> None:
+        def advance(images: float | int) -> None:
             bar.update(task, advance=images, description=what if images else None)
 
         yield advance

@@ -1,0 +1,187 @@
+"""Windows and removal as functions of arrays, curves, and the order of data."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import vit_interact as vi
+from tests.models.helpers import tiny
+from vit_interact import interactions as vx
+from vit_interact.data.sources import open_examples, read_batches
+from vit_interact.verify import curves, removal, windows
+from vit_interact.verify.subject import Subject
+
+
+def keys(numbers):
+    return jax.vmap(lambda n: jax.random.fold_in(jax.random.key(0), n))(jnp.asarray(numbers))
+
+
+@pytest.fixture(scope="module")
+def setting():
+    model, params, images = tiny(batch=3)
+    maps = vi.measure(model, params, images, ("attention", "edge"))
+    return Subject.of(model), params, images, maps
+
+
+def test_windows_of_the_whole_grid_change_nothing(setting):
+    subject, params, images, maps = setting
+    made = windows.make_windows(maps["attention"], subject.layout, (0.5, 1.0), keys([0, 1, 2]))
+    boxes = made["layers", "indicator"]
+    assert boxes.shape == (2, 3, 3, subject.layout.num_patches, 4)
+    logits, area = windows.apply_windows(subject, params, images, boxes[1])
+    np.testing.assert_allclose(area, 1.0)
+    np.testing.assert_allclose(logits, subject.apply(params, images, None), atol=1e-5)
+    small, area = windows.apply_windows(subject, params, images, boxes[0])
+    assert (np.asarray(area) < 0.7).all()
+    assert np.abs(small - logits).max() > 1e-3
+
+
+def test_windows_are_those_of_the_definitions(setting):
+    subject, _, _, maps = setting
+    made = windows.make_windows(maps["edge"], subject.layout, (0.7,), keys([0, 1, 2]))
+    assert {kind for variant, kind in made if variant == "layers"} == {
+        "indicator", *windows.CONTROLS,
+    }  # fmt: skip
+    rows = vx.patch_view(maps["edge"], subject.layout)
+    own = vx.smallest_windows(rows, subject.layout, 0.7)
+    np.testing.assert_array_equal(made["layers", "indicator"][0], own)
+    shared = np.asarray(made["shared", "indicator"][0])
+    np.testing.assert_array_equal(shared, np.broadcast_to(shared[:1], shared.shape))
+
+
+def test_area_leaves_out_layers_that_cannot_matter(setting):
+    subject, params, images, _ = setting
+    assert subject.reaching == (0, 1)  # of three layers; the class token alone reads the last
+    boxes = np.tile(np.array([0, 0, 3, 4], np.int32), (3, 3, 12, 1))
+    last = boxes.copy()
+    last[2] = np.stack([*np.divmod(np.arange(12), 4), *np.divmod(np.arange(12), 4)], -1)
+    last[2, ..., 2:] += 1  # 1x1 boxes in the last layer
+    (whole, _), (logits, area) = (
+        windows.apply_windows(subject, params, images, jnp.asarray(one)) for one in (boxes, last)
+    )
+    np.testing.assert_allclose(area, 1.0)
+    np.testing.assert_allclose(logits, whole, atol=1e-5)
+
+
+def test_flops_of_a_window_aware_kernel():
+    layout = vi.TokenLayout(4, 4, 1)
+    assert windows.attention_flops_share(1.0, layout) == 1
+    assert windows.attention_flops_share(1 / 16, layout) == (16 + 33) / 17**2
+
+
+def test_deleting_equals_hiding_for_a_class_token(setting):
+    subject, params, images, maps = setting
+    order = removal.indicator_orders(maps["edge"], subject.layout)["lowest"]
+    for share in (0.1, 0.5, 0.9):
+        count = removal.patches_left(share, subject.layout)
+        dropped = subject.drop(params, images, removal.kept_patches(order, count))
+        hidden = removal.hidden_patches(order, count)
+        assert (np.asarray(hidden).sum(-1) == 12 - count).all()
+        masked = removal.apply_mask(subject, params, images, hidden)
+        np.testing.assert_allclose(dropped, masked, atol=1e-5)
+
+
+def test_deleting_shortens_the_sequence(setting):
+    subject, params, images, _ = setting
+
+    def flops(count):
+        keep = jnp.tile(jnp.arange(count), (3, 1))
+        return jax.jit(subject.drop).lower(params, images, keep).compile().cost_analysis()["flops"]
+
+    assert flops(3) < 0.5 * flops(12)
+
+
+def test_grey_pixels(setting):
+    subject, params, images, _ = setting
+    hidden = np.zeros((3, 12), bool)
+    hidden[:, 5] = True  # row 1, column 1 of 3x4 patches of 4 pixels
+    grey = np.array(images)  # a copy that can be written
+    grey[:, 4:8, 4:8] = 0
+    made = removal.apply_zero(subject, params, images, jnp.asarray(hidden))
+    np.testing.assert_allclose(made, subject.apply(params, jnp.asarray(grey), None), atol=1e-6)
+
+
+def test_orders(setting):
+    subject, _, _, maps = setting
+    layout = subject.layout
+    made = removal.indicator_orders(maps["edge"], layout)
+    impact = vx.received_impact(vx.combine_layers(maps["edge"], layout), layout)
+    np.testing.assert_array_equal(made["lowest"], np.argsort(impact, axis=-1, kind="stable"))
+    np.testing.assert_array_equal(made["highest"], np.argsort(-impact, axis=-1, kind="stable"))
+    controls = removal.control_orders(maps["attention"], subject, keys([4, 5, 6]))
+    alone = removal.control_orders(maps["attention"][:, 1:2], subject, keys([5]))
+    for name, order in controls.items():
+        np.testing.assert_array_equal(np.sort(order), np.tile(np.arange(12), (3, 1)))
+        np.testing.assert_array_equal(order[1:2], alone[name])  # whatever the batch
+    assert not np.array_equal(controls["random0"], controls["random1"])
+    last = np.asarray(maps["attention"])[-1, :, 0, 1:]
+    np.testing.assert_array_equal(controls["class_attention_last"][:, 0], last.argmin(-1))
+
+
+@pytest.mark.parametrize("share", removal.SHARES)
+def test_patches_left(share):
+    layout = vi.TokenLayout(16, 16, 1)
+    assert removal.patches_left(share, layout) == 256 - math.floor(round(share * 10) * 256 / 10)
+
+
+def test_curves_by_hand():
+    correct = np.array([[1, 1], [1, 0], [0, 0]], bool)
+    weights = np.array([[0.5, 0.5], [1, 0], [0, 1]])
+    auc, (low, high) = curves.removal_auc([0.0, 0.5, 1.0], correct, weights)
+    assert auc == 0.5
+    assert 0.25 <= low <= 0.27 and 0.73 <= high <= 0.75
+    weights = curves.resample(50, seed=1)
+    np.testing.assert_allclose(weights.sum(1), 1)
+    top1, (low, high) = curves.share(np.arange(50) < 40, weights)
+    assert top1 == 0.8 and 0.66 < low < 0.72 and 0.88 < high < 0.92
+
+
+def photographs(root, classes=("cat", "dog"), each=4):
+    rng = np.random.default_rng(0)
+    for label in classes:
+        (root / label).mkdir(parents=True)
+        for number in range(each):
+            pixels = rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / label / f"{number}.png")
+    return root
+
+
+def test_stretches_of_the_order_do_not_overlap(tmp_path):
+    root = photographs(tmp_path / "data")
+    names = ("bird", "cat", "dog")
+    whole = [e.name for e in open_examples(root, names, 3)]
+    assert sorted(whole) == [f"{c}/{n}.png" for c in ("cat", "dog") for n in range(4)]
+    front = [e.name for e in open_examples(root, names, 3, limit=3)]
+    back = [e.name for e in open_examples(root, names, 3, skip=3)]
+    assert front + back == whole
+    assert {e.label for e in open_examples(root, names, 3)} == {1, 2}
+
+
+def test_last_batch_is_padded(tmp_path):
+    examples = open_examples(photographs(tmp_path / "data", each=3), ("cat", "dog"), 2)
+    preprocess = vi.load_checkpoint("vit_s14_caltech101").preprocess
+    batches = dict(read_batches(examples, preprocess, 4, first_key=10))
+    assert [b.count for b in batches.values()] == [4, 2]
+    assert batches[1].keys.tolist() == [14, 15, 16, 17]
+    assert batches[1].pictures.shape == (4, 224, 224, 3)
+    only = dict(read_batches(examples, preprocess, 4, only=[1]))
+    np.testing.assert_array_equal(only[1].pictures, batches[1].pictures)
+
+
+def test_bad_data(tmp_path):
+    root = photographs(tmp_path / "data")
+    with pytest.raises(ValueError, match="has 8 images; cannot skip 0 and take 9"):
+        open_examples(root, ("cat", "dog"), 2, limit=9)
+    with pytest.raises(ValueError, match="does not know, such as 'dog'"):
+        open_examples(root, ("cat", "cow"), 2)
+    with pytest.raises(ValueError, match="2 classes and the model 3 outputs"):
+        open_examples(root, None, 3)
+    (root / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty is an empty class"):
+        open_examples(root, ("cat", "dog"), 2)
+    with pytest.raises(ValueError, match="expected 'embedded' or a folder"):
+        open_examples(tmp_path / "missing", None, 3)

@@ -1,0 +1,157 @@
+"""The whole verification of a tiny model: parts, kills, devices, programs and the command."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import vit_interact as vi
+from tests.models.helpers import tiny
+from tests.verify.test_parts_of_it import photographs
+from vit_interact.cli import app
+from vit_interact.data.preprocess import Preprocess
+from vit_interact.data.sources import open_examples
+from vit_interact.verify.parts import Parts
+from vit_interact.verify.results import collect, rank_removal, rank_windows, to_csv
+from vit_interact.verify.run import Plan, Programs, run_parts
+from vit_interact.verify.subject import Subject
+
+PLAN = Plan(("attention", "rollout"), coverages=(0.4, 1.0), shares=(0.5, 0.9), batch_size=4)
+PREPROCESS = Preprocess(size=(12, 16))
+
+
+@pytest.fixture(scope="module")
+def programs():
+    model, params, _ = tiny(num_classes=2)
+    return Programs(Subject.of(model), params, PREPROCESS, PLAN, jax.devices()[:2])
+
+
+@pytest.fixture
+def examples(tmp_path):
+    return open_examples(photographs(tmp_path / "data", each=3), ("cat", "dog"), 2)
+
+
+def arrays(parts):
+    return {
+        (test, name, key): value
+        for test, name in PLAN.parts()
+        for key, value in parts.load(test, name).items()
+        if key != "seconds"
+    }
+
+
+def test_killed_and_sharded_runs_give_the_same(tmp_path, programs, examples):
+    whole = Parts(tmp_path / "whole", {}, ["a", "b"])
+    run_parts(programs, whole, examples, PREPROCESS)
+    before = programs.compilations()
+
+    class Killed(Exception):
+        pass
+
+    done = []
+
+    def kill(passes):
+        done.append(passes)
+        if len(done) == 7:
+            raise Killed
+
+    killed = Parts(tmp_path / "killed", {}, ["a", "b"])
+    with pytest.raises(Killed):
+        run_parts(programs, killed, examples, PREPROCESS, advance=kill)
+    assert len(list(killed.folder.glob("*.npz"))) == 7
+    run_parts(programs, Parts(tmp_path / "killed", {}, ["a", "b"]), examples, PREPROCESS)
+    # One program a static shape: measuring twice for windows and three times for orders, one
+    # restricted, one masked, one grey, one for the whole model, and one drop for each share.
+    assert programs.compilations() == before == 2 + 3 + 4 + len(PLAN.shares)
+
+    model, params, _ = tiny(num_classes=2)
+    single = Programs(Subject.of(model), params, PREPROCESS, PLAN, jax.devices()[:1])
+    alone = Parts(tmp_path / "alone", {}, ["a", "b"])
+    run_parts(single, alone, examples, PREPROCESS)
+    expected = arrays(whole)
+    for other in (killed, alone):
+        for key, value in arrays(other).items():
+            np.testing.assert_allclose(value, expected[key], atol=1e-6, err_msg=str(key))
+
+
+def test_results(tmp_path, programs, examples):
+    parts = Parts(tmp_path / "out", {}, ["a", "b"])
+    run_parts(programs, parts, examples, PREPROCESS)
+    found = collect(parts, PLAN, programs.subject)
+    assert found["base"]["images"] == 6
+    rows = {(r["indicator"], r["variant"], r["kind"], r["coverage"]): r for r in found["windows"]}
+    assert len(rows) == 2 * 6 * 2
+    whole = rows["attention", "layers", "indicator", 1.0]
+    assert whole["agreement"] == 1 and whole["area"] == 1 and whole["attention_flops"] == 1
+    assert whole["top1"] == found["base"]["top1"]
+    for kind in ("centred", "random", "lowest"):
+        same = rows["attention", "layers", kind, 0.4]["area"]
+        np.testing.assert_allclose(same, rows["attention", "layers", "indicator", 0.4]["area"])
+    orders = {row["order"] for row in found["removal_auc"]}
+    assert {"attention/lowest", "rollout/highest", "random2", "class_attention"} <= orders
+    assert {r["removed"] for r in found["removal"]} == {0.0, 0.5, 0.9}
+    assert rank_removal(found)[0]["auc"] >= rank_removal(found)[1]["auc"]
+    assert {row["indicator"] for row in rank_windows(found)} == {"attention", "rollout"}
+    lines = to_csv(found).splitlines()
+    assert len({line.count(",") for line in lines}) == 1
+
+
+def test_parts_belong_to_their_options(tmp_path):
+    Parts(tmp_path / "out", {"seed": 0}, ["a"]).save("base", "model", 0, {"x": np.ones(2)})
+    with pytest.raises(ValueError, match="holds a verification with other seed"):
+        Parts(tmp_path / "out", {"seed": 1}, ["a"])
+    more = Parts(tmp_path / "out", {"seed": 0}, ["a", "b"])  # more images: the first stay done
+    assert more.has("base", "model", 0) and not more.has("base", "model", 1)
+    assert not Parts(tmp_path / "out", {"seed": 0}, ["c"]).has("base", "model", 0)
+
+
+def test_batches_divide_over_devices():
+    model, params, _ = tiny(num_classes=2)
+    with pytest.raises(ValueError, match="batch size 4 does not divide over 3 devices"):
+        Programs(Subject.of(model), params, PREPROCESS, PLAN, jax.devices()[:3])
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    model, params, _ = tiny(num_classes=2)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    vi.export_timm(model, params, path, preprocess=PREPROCESS, class_names=("cat", "dog"))
+    return path
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, ["verify", *(str(a) for a in arguments)])
+
+
+def test_command(tmp_path, weights):
+    data = photographs(tmp_path / "data", each=3)
+    out = tmp_path / "out"
+    options = ("--indicators", "attention", "--coverages", "0.4,1.0", "--interventions", "drop")
+    result = call("--model", weights, "--data", data, "--out", out, *options)
+    assert result.exit_code == 0, result.output
+    assert "to go" in result.output and "top-1 of the whole model" in result.output
+    report = json.loads((out / "verify.json").read_text())
+    assert report["options"]["images"] == 6 and report["drop_speed"]["speed_up"] > 0
+    assert (out / "windows.png").stat().st_size > 10_000
+    assert (out / "removal.png").exists() and (out / "verify.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--indicators", "magic"), "magic"),
+        (("--coverages", "1.2"), "expected shares in (0, 1]"),
+        (("--tests", "windows,luck"), "--tests 'luck'"),
+        (("--limit", "7"), "has 6 images; cannot skip 0 and take 7"),
+        (("--data", "nowhere"), "nowhere: expected 'embedded' or a folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, weights, options, message):
+    data = photographs(tmp_path / "data", each=3)
+    out = tmp_path / "out"
+    result = call("--model", weights, "--data", data, "--out", out, *options)
+    assert result.exit_code == 1
+    assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert not out.exists()

@@ -1,0 +1,147 @@
+"""`vit-interact verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vit_interact.cli.shell import DEFAULT_MODEL, app, load, one_line_errors, progress
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "vit-interact verify --limit 16 --indicators leave_one_out,attention\n\n"
+    "vit-interact verify --model vit.safetensors --data imagenet/val --limit 500 --out checked"
+)
+def verify(
+    model: Annotated[str, typer.Option(help="Anything that analyze takes.")] = DEFAULT_MODEL,
+    data: Annotated[
+        str, typer.Option(help="A folder of class folders, or 'embedded'.")
+    ] = "embedded",
+    indicators: Annotated[
+        str | None, typer.Option(help="Names such as attention,edge; all seven if unset.")
+    ] = None,
+    tests: Annotated[str, typer.Option(help="Of windows,removal.")] = "windows,removal",
+    coverages: Annotated[
+        str, typer.Option(help="Shares of impact that windows hold, in (0, 1].")
+    ] = "0.3,0.4,0.5,0.6,0.7,0.8,0.9,0.95,1.0",
+    interventions: Annotated[
+        str, typer.Option(help="How patches are removed: drop, mask, zero.")
+    ] = "drop,mask,zero",
+    limit: Annotated[int | None, typer.Option(help="Images to take; all if unset.")] = None,
+    skip: Annotated[
+        int, typer.Option(help="Images to leave out first; their order is a hash of names.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Of random controls.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images at a time, over all devices.")] = 8,
+    image_size: Annotated[int | None, typer.Option(help="Pixels of a side.")] = None,
+    arch: Annotated[str | None, typer.Option(help="Architecture when unclear.")] = None,
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("vit-interact-verify"),
+) -> None:
+    """Check indicators: accuracy inside their windows, and without the patches they call needless.
+
+    Leaves [bold]verify.json[/bold], [bold]verify.csv[/bold] and curves as PNG. Finished parts are
+    kept: the same command goes on after a kill.
+    """
+    with one_line_errors():
+        from vit_interact.data.sources import open_examples
+        from vit_interact.verify.removal import INTERVENTIONS
+        from vit_interact.verify.run import TESTS, Plan
+        from vit_interact.verify.session import Verification
+
+        plan = Plan(
+            _names(indicators), _among("--tests", tests, TESTS),
+            _coverages(coverages), seed=seed, batch_size=batch_size,
+            interventions=_among("--interventions", interventions, INTERVENTIONS),
+        )  # fmt: skip
+        checkpoint = load(model, image_size=image_size, arch=arch)
+        config = checkpoint.model.config
+        if not config.has_classes:
+            raise ValueError(f"{model} has no classes: verification needs a classifier")
+        examples = open_examples(data, checkpoint.class_names, config.num_classes, skip, limit)
+        work = Verification(checkpoint, examples, plan, out, skip)
+        one, left = work.estimate()
+        print(
+            f"{len(examples)} images, {work.passes:.0f} forward passes each, {one:.3f} s a pass: "
+            f"about {_duration(left)} to go"
+        )
+        batches = -(-len(examples) // batch_size)
+        with progress("verifying", round(work.passes * batches)) as advance:
+            report = work.run(lambda passes: advance(passes))
+    _report(report, out)
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    from vit_interact.interactions.indicators import INDICATORS, check_name
+
+    names = tuple(INDICATORS) if text is None else tuple(dict.fromkeys(text.split(",")))
+    for name in names:
+        check_name(name)
+    return names
+
+
+def _among(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    wrong = [name for name in names if name not in known]
+    if wrong:
+        raise ValueError(f"{option} '{wrong[0]}': expected some of {','.join(known)}")
+    return names
+
+
+def _coverages(text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--coverages {text!r}: expected numbers such as 0.5,0.9") from None
+    for value in values:
+        if not 0 < value <= 1:
+            raise ValueError(f"--coverages {value}: expected shares in (0, 1]")
+    return values
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _report(report: dict[str, Any], out: Path) -> None:
+    """Tables that rank indicators."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from vit_interact.verify.results import rank_removal, rank_windows
+
+    base, console = report["base"], Console()
+    low, high = base["top1_95"]
+    print(f"top-1 of the whole model: {base['top1']:.1%} ({low:.1%} to {high:.1%})")
+    if report["windows"]:
+        ranked = rank_windows(report)
+        table = Table(title="top-1 inside windows, mean over areas of 5 to 50 % of the grid")
+        table.add_column("indicator", no_wrap=True)
+        columns = [name for name in ranked[0] if name != "indicator"]
+        columns.sort(key=lambda name: (not name.endswith("indicator"), name))
+        titles = {"layers/indicator": "its windows", "shared/indicator": "one for all layers"}
+        for name in columns:
+            table.add_column(titles.get(name, name.split("/")[1]), justify="right")
+        for row in ranked:
+            table.add_row(row["indicator"], *(f"{row[name]:.1%}" for name in columns))
+        console.print(table)
+    if report["removal_auc"]:
+        hows = list(report["options"]["interventions"])
+        best: dict[str, dict[str, Any]] = {}
+        for row in rank_removal(report):
+            best.setdefault(row["order"], {})[row["intervention"]] = row
+        table = Table(title="removal: area under top-1 against the share removed, 95 % interval")
+        table.add_column("order", no_wrap=True)
+        for how in hows:
+            table.add_column(how, justify="right", no_wrap=True)
+        for order, found in sorted(best.items(), key=lambda item: -item[1][hows[0]]["auc"]):
+            cells = [found[how] for how in hows]
+            table.add_row(order, *(
+                f"{c['auc']:.1%} ({c['auc_95'][0]:.1%}-{c['auc_95'][1]:.1%})" for c in cells
+            ))  # fmt: skip
+        console.print(table)
+    print(f"all figures in {out / 'verify.json'}")

@@ -1,0 +1,180 @@
+"""Labelled photographs, in an order that no option but the data decides."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from vit_interact.data.images import find_images, read_image
+from vit_interact.data.preprocess import Preprocess
+from vit_interact.data.samples import sample_images
+
+EMBEDDED = "embedded"
+
+
+class Example(NamedTuple):
+    """One labelled image.
+
+    Attributes:
+      name: class folder and file name.
+      path: the file.
+      label: class number of the model.
+    """
+
+    name: str
+    path: Path
+    label: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Decoded images, padded to a fixed number with copies of the first.
+
+    Attributes:
+      pictures: uint8 `[B, h, w, 3]`.
+      labels: class numbers `[B]`.
+      keys: each image's place in the order, `[B]`; seeds what is random about it.
+      count: how many are not padding.
+    """
+
+    pictures: np.ndarray
+    labels: np.ndarray
+    keys: np.ndarray
+    count: int
+
+
+def open_examples(
+    data: str | Path,
+    class_names: Sequence[str] | None,
+    outputs: int,
+    skip: int = 0,
+    limit: int | None = None,
+) -> list[Example]:
+    """Finds labelled images, ordered by a hash of their names.
+
+    The hash makes any stretch of the order a fair sample, whatever seed is used later: `limit=893`
+    to choose on and `skip=893` to report never overlap.
+
+    Args:
+      data: `embedded`, or a folder of class folders.
+      class_names: of the model's outputs; when unknown, sorted folders are classes 0, 1, ...
+      outputs: how many classes the model has.
+      skip: images to leave out from the front.
+      limit: images to take after that; None takes all.
+
+    Raises:
+      ValueError: for a missing folder, empty class, class that the model lacks, or too few images.
+    """
+    if skip < 0 or (limit is not None and limit < 1):
+        raise ValueError(f"skip={skip}, limit={limit}: expected skip >= 0 and limit >= 1")
+    if str(data) == EMBEDDED:
+        found = [(sample.label, sample.path) for sample in sample_images()]
+    else:
+        found = _class_folders(Path(data))
+    numbers = _class_numbers(sorted({label for label, _ in found}), class_names, outputs, data)
+    examples = [Example(f"{label}/{path.name}", path, numbers[label]) for label, path in found]
+    examples.sort(key=lambda one: (hashlib.sha256(os.fsencode(one.name)).digest(), one.path))
+    wanted = len(examples) - skip if limit is None else limit
+    if wanted < 1 or skip + wanted > len(examples):
+        raise ValueError(
+            f"{data} has {len(examples)} images; cannot skip {skip} and take {max(wanted, 1)}"
+        )
+    return examples[skip : skip + wanted]
+
+
+def _class_folders(root: Path) -> list[tuple[str, Path]]:
+    if not root.is_dir():
+        raise ValueError(f"{root}: expected '{EMBEDDED}' or a folder with a folder for each class")
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not folders:
+        raise ValueError(f"{root} has no class folders; expected {root}/CLASS/IMAGE.jpg")
+    found = []
+    for folder in folders:
+        if not any(folder.iterdir()):
+            raise ValueError(f"{folder} is an empty class: remove the folder or add images")
+        found += [(folder.name, path) for path in find_images([folder])]
+    return found
+
+
+def _class_numbers(
+    labels: Sequence[str], class_names: Sequence[str] | None, outputs: int, data: str | Path
+) -> dict[str, int]:
+    if class_names is None:
+        if len(labels) != outputs:
+            raise ValueError(
+                f"{data} has {len(labels)} classes and the model {outputs} outputs without names"
+            )
+        return {label: number for number, label in enumerate(labels)}
+    unknown = [label for label in labels if label not in class_names]
+    if unknown:
+        raise ValueError(
+            f"{data} has {len(unknown)} classes that the model does not know, such as "
+            f"'{unknown[0]}'; the model's begin with {', '.join(class_names[:3])}"
+        )
+    return {label: list(class_names).index(label) for label in labels}
+
+
+def read_batches(
+    examples: Sequence[Example],
+    preprocess: Preprocess,
+    batch_size: int,
+    first_key: int = 0,
+    only: Sequence[int] | None = None,
+) -> Iterator[tuple[int, Batch]]:
+    """Decodes batches in threads, one batch ahead of who reads them.
+
+    Args:
+      examples: from `open_examples`.
+      preprocess: the model's.
+      batch_size: images in a batch; the last one is padded.
+      first_key: place of the first example in the whole order.
+      only: numbers of the batches to read, increasing; None reads all.
+
+    Yields:
+      The number of the batch, and the batch.
+
+    Raises:
+      ImageError: for a file that cannot be read, naming it.
+    """
+    numbers = range(-(-len(examples) // batch_size)) if only is None else only
+    workers = min(4, os.cpu_count() or 1)
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        ahead: collections.deque[tuple[int, list[concurrent.futures.Future[np.ndarray]]]]
+        ahead = collections.deque()
+        queue = iter(numbers)
+
+        def submit() -> None:
+            for number in queue:
+                chunk = examples[number * batch_size : (number + 1) * batch_size]
+                ahead.append((number, [pool.submit(_read, one, preprocess) for one in chunk]))
+                return
+
+        submit()
+        while ahead:
+            submit()
+            number, futures = ahead.popleft()
+            pictures = [future.result() for future in futures]
+            padding = batch_size - len(pictures)
+            start = number * batch_size
+            labels = [one.label for one in examples[start : start + len(pictures)]]
+            yield (
+                number,
+                Batch(
+                    np.stack(pictures + pictures[:1] * padding),
+                    np.array(labels + labels[:1] * padding, np.int32),
+                    first_key + start + np.arange(batch_size, dtype=np.int32),
+                    len(futures),
+                ),
+            )
+
+
+def _read(example: Example, preprocess: Preprocess) -> np.ndarray:
+    return preprocess.picture(read_image(example.path))

@@ -1,0 +1,1 @@
+"""The paper's two verifications: accuracy inside windows, and without removed patches."""

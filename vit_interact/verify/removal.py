@@ -1,0 +1,105 @@
+"""Verification (b): are patches that an indicator calls indiscriminative really not needed?"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from vit_interact.interactions.removal import received_impact, removal_order
+from vit_interact.interactions.views import combine_layers
+from vit_interact.layout import TokenLayout
+from vit_interact.verify.subject import Subject
+
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+INTERVENTIONS = ("drop", "mask", "zero")
+RANDOM_ORDERS = 3
+
+
+def indicator_orders(
+    indicator: Float[Array, "L B N N"], layout: TokenLayout, rolled: bool = False
+) -> dict[str, Int[Array, "B P"]]:
+    """Orders of removal by received impact, of the mean over layers.
+
+    Args:
+      indicator: one indicator of all layers.
+      layout: which token is which patch.
+      rolled: whether it is a rollout, whose last layer already holds all others.
+
+    Returns:
+      `lowest`: least impact first, rows of prefix tokens included; `patches`: without those rows;
+      `highest`: greatest impact first, the control that should hurt most.
+    """
+    together = indicator[-1] if rolled else combine_layers(indicator, layout)
+    impact = received_impact(together, layout)
+    return {
+        "lowest": removal_order(impact),
+        "patches": removal_order(received_impact(together, layout, include_prefix=False)),
+        "highest": removal_order(-impact),
+    }
+
+
+def control_orders(
+    attention: Float[Array, "L B N N"], subject: Subject, keys: Array
+) -> dict[str, Int[Array, "B P"]]:
+    """Orders that know nothing of interactions.
+
+    Args:
+      attention: mean attention weights of all layers.
+      subject: the model.
+      keys: a random key for each image `[B]`.
+
+    Returns:
+      `random0` ... `random2`; with a class token also `class_attention`, least attended first by
+      the mean over layers of the class token's row, and `class_attention_last` by the last layer
+      alone (EViT's criterion).
+    """
+    prefix, patches = subject.layout.prefix, subject.layout.num_patches
+    orders = {}
+    for number in range(RANDOM_ORDERS):
+        own = jax.vmap(lambda key, n=number: jax.random.fold_in(key, n))(keys)
+        orders[f"random{number}"] = jax.vmap(lambda key: jax.random.permutation(key, patches))(own)
+    if subject.class_token:
+        row = attention[:, :, 0, prefix:]
+        orders["class_attention"] = removal_order(row.mean(axis=0))
+        orders["class_attention_last"] = removal_order(row[-1])
+    return orders
+
+
+def patches_left(share: float, layout: TokenLayout) -> int:
+    """How many patches stay when a share is removed: `P - floor(share * P)`."""
+    return layout.num_patches - math.floor(share * layout.num_patches + 1e-9)
+
+
+def kept_patches(order: Int[Array, "B P"], count: int) -> Int[Array, "B K"]:
+    """The last `count` of each order, in the order of the grid."""
+    return jnp.sort(order[:, order.shape[-1] - count :], axis=-1)
+
+
+def hidden_patches(order: Int[Array, "B P"], count: Array | int) -> Bool[Array, "B P"]:
+    """True for patches that are removed when `count` stay."""
+    rank = jnp.argsort(order, axis=-1)
+    return rank < order.shape[-1] - count
+
+
+def apply_mask(
+    subject: Subject, params: object, images: Array, hidden: Bool[Array, "B P"]
+) -> Float[Array, "B classes"]:
+    """Logits when no token attends to hidden patches, in any layer."""
+    seen = jnp.pad(~hidden, ((0, 0), (subject.layout.prefix, 0)), constant_values=True)
+    tokens = subject.layout.num_tokens
+    mask = jnp.broadcast_to(seen[:, None], (len(seen), tokens, tokens))
+    return subject.apply(params, images, [mask] * subject.depth)
+
+
+def apply_zero(
+    subject: Subject, params: object, images: Array, hidden: Bool[Array, "B P"]
+) -> Float[Array, "B classes"]:
+    """Logits when hidden patches are grey: normalised pixels at 0, the mean of the data."""
+    rows, cols = subject.layout.rows, subject.layout.cols
+    cells = hidden.reshape(-1, rows, cols)
+    height, width = images.shape[1] // rows, images.shape[2] // cols
+    pixels = jnp.repeat(jnp.repeat(cells, height, axis=1), width, axis=2)
+    return subject.apply(params, jnp.where(pixels[..., None], 0, images), None)

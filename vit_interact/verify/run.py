@@ -1,0 +1,282 @@
+"""Both verifications of a model over a data source: in parts, over all devices, resumable."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from vit_interact.data.preprocess import Preprocess
+from vit_interact.data.sources import Batch, Example, read_batches
+from vit_interact.verify import removal, windows
+from vit_interact.verify.parts import Parts
+from vit_interact.verify.subject import Subject
+
+TESTS = ("windows", "removal")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to verify.
+
+    Attributes:
+      indicators: names of `interactions.INDICATORS`.
+      tests: of `TESTS`.
+      coverages: of windows.
+      shares: of patches removed.
+      interventions: of `removal.INTERVENTIONS`.
+      seed: of random controls.
+      batch_size: images at a time, over all devices.
+    """
+
+    indicators: tuple[str, ...]
+    tests: tuple[str, ...] = TESTS
+    coverages: tuple[float, ...] = windows.COVERAGES
+    shares: tuple[float, ...] = removal.SHARES
+    interventions: tuple[str, ...] = removal.INTERVENTIONS
+    seed: int = 0
+    batch_size: int = 8
+
+    def parts(self) -> Iterator[tuple[str, str]]:
+        """(test, whose windows or orders) of every part of a batch."""
+        yield "base", "model"
+        if "windows" in self.tests:
+            yield from (("windows", name) for name in self.indicators)
+        if "removal" in self.tests:
+            yield from (("removal", name) for name in (*self.indicators, "controls"))
+
+    def passes(self, test: str, name: str, subject: Subject) -> float:
+        """Forward passes of a part, in units of a whole one; shortened sequences count less."""
+        if test == "base":
+            return 1.0
+        measuring = 4.0
+        if test == "windows":
+            return measuring + len(self.coverages) * (len(windows.CONTROLS) + 2)
+        orders = 3 if name != "controls" else removal.RANDOM_ORDERS + 2 * subject.class_token
+        each = sum(
+            sum((1 - share) if how == "drop" else 1 for share in self.shares)
+            for how in self.interventions
+        )
+        return float(measuring + orders * each)
+
+
+class Programs:
+    """Compiled functions of one subject: one program for each static shape."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        params: Any,
+        preprocess: Preprocess,
+        plan: Plan,
+        devices: Sequence[jax.Device] | None = None,
+    ) -> None:
+        """Places the parameters on devices, by default all local ones.
+
+        Raises:
+          ValueError: when a batch does not divide over the devices, or patches cannot be dropped.
+        """
+        devices = list(devices or jax.local_devices())
+        if "removal" in plan.tests and "drop" in plan.interventions and subject.drop is None:
+            raise ValueError("this model has no way to drop patches: leave out that intervention")
+        if plan.batch_size % len(devices):
+            raise ValueError(
+                f"batch size {plan.batch_size} does not divide over {len(devices)} devices"
+            )
+        self.subject, self.plan = subject, plan
+        self.mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+        self.params = jax.device_put(params, NamedSharding(self.mesh, P()))
+        self._normalize = preprocess.normalize
+        layout, seed = subject.layout, plan.seed
+
+        def keys_of(numbers: Array) -> Array:
+            return jax.vmap(lambda n: jax.random.fold_in(jax.random.key(seed), n))(numbers)
+
+        def base(params: Any, pictures: Array) -> Array:
+            return subject.apply(params, self._normalize(pictures), None).argmax(-1)
+
+        def make(params: Any, pictures: Array, numbers: Array, name: str) -> Any:
+            maps = subject.measure(params, self._normalize(pictures), (name,))[name]
+            return windows.make_windows(
+                maps, layout, plan.coverages, keys_of(numbers), name == "rollout"
+            )
+
+        def restricted(params: Any, pictures: Array, boxes: Array) -> tuple[Array, Array]:
+            logits, area = windows.apply_windows(subject, params, self._normalize(pictures), boxes)
+            return logits.argmax(-1), area
+
+        def orders(params: Any, pictures: Array, numbers: Array, name: str) -> Any:
+            images = self._normalize(pictures)
+            measured = "attention" if name == "controls" else name
+            maps = subject.measure(params, images, (measured,))[measured]
+            if name == "controls":
+                return removal.control_orders(maps, subject, keys_of(numbers))
+            return removal.indicator_orders(maps, layout, name == "rollout")
+
+        def dropped(params: Any, pictures: Array, order: Array, count: int) -> Array:
+            assert subject.drop is not None
+            keep = removal.kept_patches(order, count)
+            return subject.drop(params, self._normalize(pictures), keep).argmax(-1)
+
+        def masked(params: Any, pictures: Array, order: Array, count: Array) -> Array:
+            hidden = removal.hidden_patches(order, count)
+            images = self._normalize(pictures)
+            return removal.apply_mask(subject, params, images, hidden).argmax(-1)
+
+        def zeroed(params: Any, pictures: Array, order: Array, count: Array) -> Array:
+            hidden = removal.hidden_patches(order, count)
+            images = self._normalize(pictures)
+            return removal.apply_zero(subject, params, images, hidden).argmax(-1)
+
+        images, layered = P("data"), P(None, None, "data")
+        self.compiled: list[Any] = []
+        self.base = self._split(base, (images,), images)
+        self.make = self._split(make, (images, images), layered, static=True)
+        self.restricted = self._split(restricted, (images, P(None, "data")), images)
+        self.orders = self._split(orders, (images, images), images, static=True)
+        self.dropped = self._split(dropped, (images, images), images, static=True)
+        self.masked = self._split(masked, (images, images, P()), images)
+        self.zeroed = self._split(zeroed, (images, images, P()), images)
+
+    def _split(
+        self, function: Callable[..., Any], ins: tuple[P, ...], outs: P, static: bool = False
+    ) -> Callable[..., Any]:
+        """Jits a function of (params, *arrays[, static]) with images split over devices.
+
+        Each device searches the windows of its own images: `shard_map` and not only shardings, so
+        that loops over images stay local.
+        """
+
+        def call(params: Any, *arguments: Any) -> Any:
+            arrays = arguments[:-1] if static else arguments
+            rest = arguments[-1:] if static else ()
+            local = lambda params, *arrays: function(params, *arrays, *rest)  # noqa: E731
+            mapped = jax.shard_map(
+                local, mesh=self.mesh, in_specs=(P(), *ins), out_specs=outs, check_vma=False
+            )
+            return mapped(params, *arrays)
+
+        compiled = jax.jit(call, static_argnums=(len(ins) + 1,) if static else ())
+        self.compiled.append(compiled)
+        return lambda *arguments: compiled(self.params, *arguments)
+
+    def compilations(self) -> int:
+        """Programs compiled so far."""
+        return sum(one._cache_size() for one in self.compiled)
+
+    def put(self, batch: Batch) -> tuple[Array, Array]:
+        """Pictures and keys of a batch, split over devices."""
+        sharding = NamedSharding(self.mesh, P("data"))
+        pictures, keys = jax.device_put((batch.pictures, batch.keys), sharding)
+        return pictures, keys
+
+    def run(self, test: str, name: str, pictures: Array, keys: Array) -> dict[str, np.ndarray]:
+        """One part: arrays whose last axis is that of images."""
+        if test == "base":
+            return {"predictions": np.asarray(self.base(pictures))}
+        if test == "windows":
+            return self._windows(name, pictures, keys)
+        return self._removal(name, pictures, keys)
+
+    def _windows(self, name: str, pictures: Array, keys: Array) -> dict[str, np.ndarray]:
+        found = {}
+        for (variant, kind), boxes in self.make(pictures, keys, name).items():
+            runs = [self.restricted(pictures, one) for one in boxes]
+            found[f"{variant}/{kind}/predictions"] = np.stack([np.asarray(p) for p, _ in runs])
+            found[f"{variant}/{kind}/area"] = np.stack([np.asarray(a) for _, a in runs])
+        return found
+
+    def _removal(self, name: str, pictures: Array, keys: Array) -> dict[str, np.ndarray]:
+        found = {}
+        counts = [removal.patches_left(share, self.subject.layout) for share in self.plan.shares]
+        programs = {"drop": self.dropped, "mask": self.masked, "zero": self.zeroed}
+        for order_name, order in self.orders(pictures, keys, name).items():
+            for how in self.plan.interventions:
+                runs = [programs[how](pictures, order, count) for count in counts]
+                found[f"{order_name}/{how}"] = np.stack([np.asarray(run) for run in runs])
+        return found
+
+
+def run_parts(
+    programs: Programs,
+    parts: Parts,
+    examples: Sequence[Example],
+    preprocess: Preprocess,
+    first_key: int = 0,
+    advance: Callable[[float], None] = lambda passes: None,
+) -> None:
+    """Runs every part that is not finished.
+
+    Args:
+      programs: of the model.
+      parts: where results go and where finished ones are found.
+      examples: labelled images, from `open_examples`.
+      preprocess: the model's.
+      first_key: place of the first example in the whole order.
+      advance: called with forward passes of a batch, whenever some are finished or found finished.
+    """
+    plan, subject = programs.plan, programs.subject
+    todo: dict[int, list[tuple[str, str]]] = {}
+    for number in range(-(-len(examples) // plan.batch_size)):
+        for part in plan.parts():
+            if parts.has(*part, number):
+                advance(plan.passes(*part, subject))
+            else:
+                todo.setdefault(number, []).append(part)
+    for number, batch in read_batches(examples, preprocess, plan.batch_size, first_key, list(todo)):
+        pictures, keys = programs.put(batch)
+        for part in todo[number]:
+            start = time.perf_counter()
+            found = programs.run(*part, pictures, keys)
+            cut = {name: array[..., : batch.count] for name, array in found.items()}
+            if part[0] == "base":
+                cut["labels"] = batch.labels[: batch.count]
+            seconds = np.full(batch.count, (time.perf_counter() - start) / batch.count)
+            parts.save(*part, number, {**cut, "seconds": seconds})
+            advance(plan.passes(*part, subject))
+
+
+def time_drop(
+    programs: Programs, batch: Batch, share: float = 0.9, repeats: int = 3
+) -> dict[str, float]:
+    """How much faster the model runs when a share of the patches is really deleted."""
+    pictures, _ = programs.put(batch)
+    patches = programs.subject.layout.num_patches
+    order = np.tile(np.arange(patches, dtype=np.int32), (len(batch.pictures), 1))
+    order = jax.device_put(order, NamedSharding(programs.mesh, P("data")))
+    count = removal.patches_left(share, programs.subject.layout)
+
+    def seconds(call: Callable[[], Array]) -> float:
+        jax.block_until_ready(call())
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            times.append(time.perf_counter() - start)
+        return float(np.median(times)) / len(batch.pictures)
+
+    whole = seconds(lambda: programs.base(pictures))
+    cut = seconds(lambda: programs.dropped(pictures, order, count))
+    return {"share": share, "whole_s_per_image": whole, "dropped_s_per_image": cut,
+            "speed_up": whole / cut}  # fmt: skip
+
+
+def measure_pass(programs: Programs, batch: Batch) -> float:
+    """Seconds of one forward pass of one image, compiled; the base of a time estimate."""
+    pictures, _ = programs.put(batch)
+    jax.block_until_ready(programs.base(pictures))
+    start = time.perf_counter()
+    jax.block_until_ready(programs.base(pictures))
+    return (time.perf_counter() - start) / len(batch.pictures)
+
+
+def read_first(examples: Sequence[Example], preprocess: Preprocess, plan: Plan) -> Batch:
+    """The first batch, for timing."""
+    return next(read_batches(examples, preprocess, plan.batch_size, only=[0]))[1]

@@ -1,0 +1,142 @@
+"""Curves of a verification: accuracy inside windows, and without removed patches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from vit_interact.viz.style import indicator_style, styled
+
+Row = dict[str, Any]
+
+# Dashes tell controls from indicators, so that their colours may be few.
+_CONTROLS: dict[str, tuple[str, str, Any]] = {
+    "centred": ("centred box", "#4D4D4D", (0, (4, 2))),
+    "random": ("random place", "#4D4D4D", (0, (1, 1.5))),
+    "lowest": ("least impact", "#A65628", (0, (4, 2))),
+    "grid": ("fixed grid", "#A65628", (0, (1, 1.5))),
+    "class_attention": ("class token, all layers", "#4D4D4D", (0, (4, 2))),
+    "class_attention_last": ("class token, last layer", "#A65628", (0, (4, 2))),
+    "random0": ("random order", "#4D4D4D", (0, (1, 1.5))),
+}
+
+
+def draw_verification(report: dict[str, Any], folder: Path) -> list[Path]:
+    """Draws the curves of `verify.json`.
+
+    Args:
+      report: the content of `verify.json`.
+      folder: where `windows.png` and `removal.png` go.
+
+    Returns:
+      The files written.
+    """
+    written = []
+    for name, rows, draw in (
+        ("windows.png", report["windows"], draw_windows_curves),
+        ("removal.png", report["removal"], draw_removal_curves),
+    ):
+        if rows:
+            path = folder / name
+            draw(report).savefig(path, dpi=150)
+            written.append(path)
+    return written
+
+
+@styled
+def draw_windows_curves(report: dict[str, Any]) -> Figure:
+    """Top-1 against mean window area, for indicators and for one indicator's controls.
+
+    Args:
+      report: the content of `verify.json`.
+    """
+    rows = report["windows"]
+    names = list(dict.fromkeys(row["indicator"] for row in rows))
+    figure = Figure(figsize=(12.5, 4.6), layout="constrained")
+    axes: Sequence[Axes] = figure.subplots(1, 3, sharey=True)
+    for axis, variant, title in (
+        (axes[0], "layers", "windows of each layer"),
+        (axes[1], "shared", "one window for all layers"),
+    ):
+        for name in names:
+            style = indicator_style(name)
+            _curve(axis, _pick(rows, name, variant, "indicator"), "area", style.label, style.color)
+        axis.set_title(title)
+    best = max(names, key=lambda name: _mean(_pick(rows, name, "layers", "indicator")))
+    style = indicator_style(best)
+    _curve(axes[2], _pick(rows, best, "layers", "indicator"), "area", style.label, style.color)
+    for kind in dict.fromkeys(row["kind"] for row in rows if row["kind"] in _CONTROLS):
+        label, color, dashes = _CONTROLS[kind]
+        _curve(axes[2], _pick(rows, best, "layers", kind), "area", label, color, dashes)
+    axes[2].set_title("against boxes of the same area")
+    for axis in axes:
+        _finish(axis, report, "mean area of windows (share of the grid)")
+        axis.set_xlim(left=0)
+    axes[0].set_ylabel("top-1 (share of images)")
+    axes[0].legend(loc="lower right")
+    axes[2].legend(loc="lower right")
+    return figure
+
+
+@styled
+def draw_removal_curves(report: dict[str, Any]) -> Figure:
+    """Top-1 against the share of patches removed, least discriminative first.
+
+    Args:
+      report: the content of `verify.json`.
+    """
+    rows = report["removal"]
+    hows = list(dict.fromkeys(row["intervention"] for row in rows))
+    titles = {"drop": "tokens deleted", "mask": "keys hidden", "zero": "pixels grey"}
+    figure = Figure(figsize=(1.2 + 3.8 * max(2, len(hows)), 4.6), layout="constrained")
+    axes = figure.subplots(1, len(hows), sharey=True, squeeze=False)[0]
+    for axis, how in zip(axes, hows, strict=True):
+        own = [row for row in rows if row["intervention"] == how]
+        for order in dict.fromkeys(row["order"] for row in own):
+            curve = [row for row in own if row["order"] == order]
+            name, _, kind = order.partition("/")
+            if kind == "lowest":
+                style = indicator_style(name)
+                _curve(axis, curve, "removed", style.label, style.color)
+            elif not kind and name in _CONTROLS:
+                label, color, dashes = _CONTROLS[name]
+                _curve(axis, curve, "removed", label, color, dashes)
+        axis.set_title(titles[how])
+        _finish(axis, report, "share of patches removed")
+    axes[0].set_ylabel("top-1 (share of images)")
+    axes[0].legend(loc="lower left")
+    return figure
+
+
+def _pick(rows: list[Row], indicator: str, variant: str, kind: str) -> list[Row]:
+    wanted = (indicator, variant, kind)
+    return [row for row in rows if (row["indicator"], row["variant"], row["kind"]) == wanted]
+
+
+def _mean(rows: list[Row]) -> float:
+    return sum(row["top1"] for row in rows) / len(rows)
+
+
+def _curve(axis: Axes, rows: list[Row], x: str, label: str, color: str, dashes: Any = "-") -> None:
+    rows = sorted(rows, key=lambda row: row[x])
+    xs, ys = [row[x] for row in rows], [row["top1"] for row in rows]
+    axis.plot(xs, ys, color=color, linestyle=dashes, marker="o", markersize=3, label=label)
+    low, high = zip(*(row["top1_95"] for row in rows), strict=True)
+    axis.fill_between(xs, low, high, color=color, alpha=0.07, linewidth=0)
+
+
+def _finish(axis: Axes, report: dict[str, Any], xlabel: str) -> None:
+    base = report["base"]
+    axis.axhline(base["top1"], color=mpl.rcParams["axes.edgecolor"], linewidth=0.8, zorder=0)
+    axis.text(
+        0.99, base["top1"] - 0.005, f"whole model {base['top1']:.1%}", ha="right", va="top",
+        fontsize="small", transform=axis.get_yaxis_transform(),
+    )  # fmt: skip
+    axis.set_xlabel(f"{xlabel}; bands: 95 % of {base['images']} images")
+    axis.set_ylim(0, 1.02)
+    axis.grid(visible=True, alpha=0.3)
