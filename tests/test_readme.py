@@ -23,3 +23,12 @@ def test_pictures_and_links_are_there():
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", README.read_text("utf-8"))
     assert targets
     assert [target for target in targets if not (README.parent / target).exists()] == []
+
+
+def test_verification_example_runs():
+    text = (README.parent / "docs" / "verification.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    assert names["inside"].shape == names["without"].shape == (2, 10)
+    assert 0 < float(names["area"].mean()) < 1
