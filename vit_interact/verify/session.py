@@ -51,8 +51,9 @@ class Verification:
             "model": checkpoint.source,
             "weights_sha256": checkpoint.sha256,
         }
-        self.parts = Parts(out, self.options, _tags(examples, plan.batch_size, skip))
+        # Before the folder: what cannot run leaves nothing behind.
         self.programs = run.Programs(self.subject, checkpoint.params, checkpoint.preprocess, plan)
+        self.parts = Parts(out, self.options, _tags(examples, plan.batch_size, skip))
 
     @property
     def passes(self) -> float:
