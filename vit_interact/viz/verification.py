@@ -22,7 +22,7 @@ _CONTROLS: dict[str, tuple[str, str, Any]] = {
     "grid": ("fixed grid", "#A65628", (0, (1, 1.5))),
     "class_attention": ("class token, all layers", "#4D4D4D", (0, (4, 2))),
     "class_attention_last": ("class token, last layer", "#A65628", (0, (4, 2))),
-    "random0": ("random order", "#4D4D4D", (0, (1, 1.5))),
+    "random0": ("random order, 1 of 3", "#4D4D4D", (0, (1, 1.5))),
 }
 
 
@@ -75,8 +75,9 @@ def draw_windows_curves(report: dict[str, Any]) -> Figure:
         _curve(axes[2], _pick(rows, best, "layers", kind), "area", label, color, dashes)
     axes[2].set_title("against boxes of the same area")
     for axis in axes:
-        _finish(axis, report, "mean area of windows (share of the grid)")
+        _finish(axis, report, "mean area (share of the grid)")
         axis.set_xlim(left=0)
+    _explain(figure, report)
     axes[0].set_ylabel("top-1 (share of images)")
     axes[0].legend(loc="lower right")
     axes[2].legend(loc="lower right")
@@ -108,6 +109,7 @@ def draw_removal_curves(report: dict[str, Any]) -> Figure:
                 _curve(axis, curve, "removed", label, color, dashes)
         axis.set_title(titles[how])
         _finish(axis, report, "share of patches removed")
+    _explain(figure, report)
     axes[0].set_ylabel("top-1 (share of images)")
     axes[0].legend(loc="lower left")
     return figure
@@ -131,12 +133,18 @@ def _curve(axis: Axes, rows: list[Row], x: str, label: str, color: str, dashes: 
 
 
 def _finish(axis: Axes, report: dict[str, Any], xlabel: str) -> None:
-    base = report["base"]
-    axis.axhline(base["top1"], color=mpl.rcParams["axes.edgecolor"], linewidth=0.8, zorder=0)
-    axis.text(
-        0.99, base["top1"] - 0.005, f"whole model {base['top1']:.1%}", ha="right", va="top",
-        fontsize="small", transform=axis.get_yaxis_transform(),
-    )  # fmt: skip
-    axis.set_xlabel(f"{xlabel}; bands: 95 % of {base['images']} images")
+    edge = mpl.rcParams["axes.edgecolor"]
+    axis.axhline(report["base"]["top1"], color=edge, linewidth=0.8, zorder=0)
+    axis.set_xlabel(xlabel)
     axis.set_ylim(0, 1.02)
     axis.grid(visible=True, alpha=0.3)
+
+
+def _explain(figure: Figure, report: dict[str, Any]) -> None:
+    """What the line at the top and the bands are, once for all panels."""
+    base = report["base"]
+    figure.suptitle(
+        f"top-1 of {base['images']} images; grey line: whole model, {100 * base['top1']:.1f} %; "
+        "bands: 95 % bootstrap intervals",
+        fontsize="medium", ha="left", x=0.01,
+    )  # fmt: skip
