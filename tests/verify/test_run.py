@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 import vit_interact as vi
+from tests.data.photographs import photographs
 from tests.models.helpers import tiny
-from tests.verify.test_parts_of_it import photographs
 from vit_interact.cli import app
 from vit_interact.data.preprocess import Preprocess
 from vit_interact.data.sources import open_examples
