@@ -27,6 +27,15 @@ def verify(
     coverages: Annotated[
         str, typer.Option(help="Shares of impact that windows hold, in (0, 1].")
     ] = "0.3,0.4,0.5,0.6,0.7,0.8,0.9,0.95,1.0",
+    variants: Annotated[
+        str, typer.Option(help="Windows of each layer, or one for all: layers, shared.")
+    ] = "layers,shared",
+    controls: Annotated[
+        str, typer.Option(help="Boxes to compare with: centred, random, lowest, grid; or none.")
+    ] = "centred,random,lowest,grid",
+    shares: Annotated[
+        str, typer.Option(help="Shares of patches removed, in (0, 1).")
+    ] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9",
     interventions: Annotated[
         str, typer.Option(help="How patches are removed: drop, mask, zero.")
     ] = "drop,mask,zero",
@@ -50,12 +59,19 @@ def verify(
         from vit_interact.verify.removal import INTERVENTIONS
         from vit_interact.verify.run import TESTS, Plan
         from vit_interact.verify.session import Verification
+        from vit_interact.verify.windows import CONTROLS, VARIANTS
 
         plan = Plan(
-            _names(indicators), _among("--tests", tests, TESTS),
-            _coverages(coverages), seed=seed, batch_size=batch_size,
-            interventions=_among("--interventions", interventions, INTERVENTIONS),
-        )  # fmt: skip
+            _names(indicators),
+            _among("--tests", tests, TESTS),
+            _numbers("--coverages", coverages),
+            _among("--variants", variants, VARIANTS),
+            () if controls == "none" else _among("--controls", controls, CONTROLS),
+            _numbers("--shares", shares, below=True),
+            _among("--interventions", interventions, INTERVENTIONS),
+            seed,
+            batch_size,
+        )
         checkpoint = load(model, image_size=image_size, arch=arch)
         config = checkpoint.model.config
         if not config.has_classes:
@@ -90,14 +106,14 @@ def _among(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-def _coverages(text: str) -> tuple[float, ...]:
+def _numbers(option: str, text: str, below: bool = False) -> tuple[float, ...]:
     try:
-        values = tuple(float(part) for part in text.split(","))
+        values = tuple(sorted({float(part) for part in text.split(",")}))
     except ValueError:
-        raise ValueError(f"--coverages {text!r}: expected numbers such as 0.5,0.9") from None
+        raise ValueError(f"{option} {text!r}: expected numbers such as 0.5,0.9") from None
     for value in values:
-        if not 0 < value <= 1:
-            raise ValueError(f"--coverages {value}: expected shares in (0, 1]")
+        if not 0 < value <= 1 or (below and value == 1):
+            raise ValueError(f"{option} {value}: expected shares in (0, 1{')' if below else ']'}")
     return values
 
 

@@ -13,7 +13,7 @@ from vit_interact.verify import curves
 from vit_interact.verify.parts import Parts
 from vit_interact.verify.run import Plan
 from vit_interact.verify.subject import Subject
-from vit_interact.verify.windows import attention_flops_share
+from vit_interact.verify.windows import VARIANTS, attention_flops_share
 
 Row = dict[str, Any]
 
@@ -133,7 +133,8 @@ def rank_windows(found: dict[str, Any]) -> list[Row]:
             areas, top1 = [r["area"] for r in own], [r["top1"] for r in own]
             row[f"{variant}/{kind}"] = float(np.interp(grid, areas, top1).mean())
         ranked.append(row)
-    return sorted(ranked, key=lambda r: -max(r["layers/indicator"], r["shared/indicator"]))
+    own = [f"{variant}/indicator" for variant in VARIANTS]
+    return sorted(ranked, key=lambda row: -max(row.get(name, 0.0) for name in own))
 
 
 def rank_removal(found: dict[str, Any]) -> list[Row]:

@@ -30,6 +30,8 @@ class Plan:
       indicators: names of `interactions.INDICATORS`.
       tests: of `TESTS`.
       coverages: of windows.
+      variants: of `windows.VARIANTS`.
+      controls: of `windows.CONTROLS`, the boxes that windows are compared with.
       shares: of patches removed.
       interventions: of `removal.INTERVENTIONS`.
       seed: of random controls.
@@ -39,6 +41,8 @@ class Plan:
     indicators: tuple[str, ...]
     tests: tuple[str, ...] = TESTS
     coverages: tuple[float, ...] = windows.COVERAGES
+    variants: tuple[str, ...] = windows.VARIANTS
+    controls: tuple[str, ...] = windows.CONTROLS
     shares: tuple[float, ...] = removal.SHARES
     interventions: tuple[str, ...] = removal.INTERVENTIONS
     seed: int = 0
@@ -58,7 +62,8 @@ class Plan:
             return 1.0
         measuring = 4.0
         if test == "windows":
-            return measuring + len(self.coverages) * (len(windows.CONTROLS) + 2)
+            own = (1 + len(self.controls)) * ("layers" in self.variants)
+            return measuring + len(self.coverages) * (own + ("shared" in self.variants))
         orders = 3 if name != "controls" else removal.RANDOM_ORDERS + 2 * subject.class_token
         each = sum(
             sum((1 - share) if how == "drop" else 1 for share in self.shares)
@@ -105,8 +110,9 @@ class Programs:
         def make(params: Any, pictures: Array, numbers: Array, name: str) -> Any:
             maps = subject.measure(params, self._normalize(pictures), (name,))[name]
             return windows.make_windows(
-                maps, layout, plan.coverages, keys_of(numbers), name == "rollout"
-            )
+                maps, layout, plan.coverages, keys_of(numbers), name == "rollout",
+                plan.variants, plan.controls,
+            )  # fmt: skip
 
         def restricted(params: Any, pictures: Array, boxes: Array) -> tuple[Array, Array]:
             logits, area = windows.apply_windows(subject, params, self._normalize(pictures), boxes)

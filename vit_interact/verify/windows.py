@@ -30,6 +30,8 @@ def make_windows(
     coverages: Sequence[float],
     keys: Array,
     rolled: bool = False,
+    variants: Sequence[str] = VARIANTS,
+    controls: Sequence[str] = CONTROLS,
 ) -> dict[tuple[str, str], Int[Array, "Q L B P 4"]]:
     """Windows of an indicator, and their controls of the same area for each query.
 
@@ -39,25 +41,42 @@ def make_windows(
       coverages: shares of a row's impact that windows hold.
       keys: a random key for each image `[B]`.
       rolled: whether the indicator is a rollout, whose last layer already holds all others.
+      variants: of `VARIANTS`.
+      controls: of `CONTROLS`; they follow the windows of variant `layers`.
 
     Returns:
       (variant, kind) to windows `[Q, L, B, P, 4]`. Variant `layers`: windows of each layer from
       that layer; `shared`: one window for all layers, from their mean. Kind `indicator`, and for
-      `layers` each of `CONTROLS`.
+      `layers` each of the controls.
     """
     rows = patch_view(indicator, layout)
     own = smallest_windows(rows, layout, tuple(coverages))
-    together = indicator[-1] if rolled else combine_layers(indicator, layout)
-    shared = smallest_windows(patch_view(together, layout), layout, tuple(coverages))
     each = jax.vmap(lambda w, key: random_windows(w, layout, key), in_axes=(2, 0), out_axes=2)
-    return {
-        ("layers", "indicator"): own,
-        ("layers", "centred"): centred_windows(own, layout),
-        ("layers", "random"): each(own, keys),
-        ("layers", "lowest"): jnp.stack([lowest_windows(rows, one, layout) for one in own]),
-        ("layers", "grid"): grid_windows(own, layout),
-        ("shared", "indicator"): jnp.broadcast_to(shared[:, None], own.shape),
+    make = {
+        "indicator": lambda: own,
+        "centred": lambda: centred_windows(own, layout),
+        "random": lambda: each(own, keys),
+        "lowest": lambda: jnp.stack([lowest_windows(rows, one, layout) for one in own]),
+        "grid": lambda: grid_windows(own, layout),
     }
+    made = {}
+    if "layers" in variants:
+        made = {("layers", kind): make[kind]() for kind in ("indicator", *controls)}
+    if "shared" in variants:
+        made["shared", "indicator"] = jnp.broadcast_to(
+            _shared_windows(indicator, layout, coverages, rolled)[:, None], own.shape
+        )
+    return made
+
+
+def _shared_windows(
+    indicator: Float[Array, "L B N N"],
+    layout: TokenLayout,
+    coverages: Sequence[float],
+    rolled: bool,
+) -> Int[Array, "Q B P 4"]:
+    together = indicator[-1] if rolled else combine_layers(indicator, layout)
+    return smallest_windows(patch_view(together, layout), layout, tuple(coverages))
 
 
 def apply_windows(

@@ -57,31 +57,37 @@ def draw_windows_curves(report: dict[str, Any]) -> Figure:
     """
     rows = report["windows"]
     names = list(dict.fromkeys(row["indicator"] for row in rows))
-    figure = Figure(figsize=(12.5, 4.6), layout="constrained")
-    axes: Sequence[Axes] = figure.subplots(1, 3, sharey=True)
-    for axis, variant, title in (
-        (axes[0], "layers", "windows of each layer"),
-        (axes[1], "shared", "one window for all layers"),
-    ):
+    titles = {"layers": "windows of each layer", "shared": "one window for all layers"}
+    shown = [name for name in titles if any(row["variant"] == name for row in rows)]
+    compared = any(row["kind"] in _CONTROLS for row in rows)
+    panels = len(shown) + compared
+    figure = Figure(figsize=(0.5 + 4 * max(2, panels), 4.6), layout="constrained")
+    axes: Sequence[Axes] = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    for axis, variant in zip(axes, shown, strict=False):
         for name in names:
             style = indicator_style(name)
             _curve(axis, _pick(rows, name, variant, "indicator"), "area", style.label, style.color)
-        axis.set_title(title)
-    best = max(names, key=lambda name: _mean(_pick(rows, name, "layers", "indicator")))
-    style = indicator_style(best)
-    _curve(axes[2], _pick(rows, best, "layers", "indicator"), "area", style.label, style.color)
-    for kind in dict.fromkeys(row["kind"] for row in rows if row["kind"] in _CONTROLS):
-        label, color, dashes = _CONTROLS[kind]
-        _curve(axes[2], _pick(rows, best, "layers", kind), "area", label, color, dashes)
-    axes[2].set_title("against boxes of the same area")
+        axis.set_title(titles[variant])
+    if compared:
+        _compare(axes[-1], rows, names)
     for axis in axes:
         _finish(axis, report, "mean area (share of the grid)")
         axis.set_xlim(left=0)
+        axis.legend(loc="lower right")
     _explain(figure, report)
     axes[0].set_ylabel("top-1 (share of images)")
-    axes[0].legend(loc="lower right")
-    axes[2].legend(loc="lower right")
     return figure
+
+
+def _compare(axis: Axes, rows: list[Row], names: list[str]) -> None:
+    """The best indicator's windows against controls of the same area."""
+    best = max(names, key=lambda name: _mean(_pick(rows, name, "layers", "indicator")))
+    style = indicator_style(best)
+    _curve(axis, _pick(rows, best, "layers", "indicator"), "area", style.label, style.color)
+    for kind in dict.fromkeys(row["kind"] for row in rows if row["kind"] in _CONTROLS):
+        label, color, dashes = _CONTROLS[kind]
+        _curve(axis, _pick(rows, best, "layers", kind), "area", label, color, dashes)
+    axis.set_title("against boxes of the same area")
 
 
 @styled
