@@ -8,19 +8,16 @@ import pytest
 import vit_interact as vi
 from tests.models.helpers import stacked, tiny
 from vit_interact.models.vit import ViT
-from vit_interact.verify.faithfulness import (
+from vit_interact.verify.edges import (
     EdgeTest,
     choose_edges,
-    edge_masks,
-    edge_places,
     edge_test,
-    group_test,
     rank_agreement,
     reaching_queries,
-    redraw,
-    sanity_test,
     spearman,
 )
+from vit_interact.verify.groups import edge_masks, edge_places, group_test
+from vit_interact.verify.sanity import redraw, sanity_test
 
 PER_LAYER = 4
 
@@ -214,13 +211,13 @@ def test_group_test_is_the_model_with_that_mask(scan):
 
 
 def test_group_test_compiles_once():
-    from vit_interact.verify import faithfulness
+    from vit_interact.verify import groups
 
     model, params, images = tiny(depth=2)
     maps = vi.measure(model, params, images, ("attention",))["attention"]
-    before = faithfulness._run_masked._cache_size()
+    before = groups._run_masked._cache_size()
     group_test(model, params, images, maps)
-    assert faithfulness._run_masked._cache_size() == before + 1
+    assert groups._run_masked._cache_size() == before + 1
 
 
 def test_bad_groups_are_named():

@@ -121,6 +121,39 @@ def weights(tmp_path_factory):
     return path
 
 
+def test_faithfulness_in_parts(tmp_path, examples):
+    """Edges and their images are the same however images are batched, and padding is left out."""
+    model, params, _ = tiny(num_classes=2)
+    found = {}
+    for size, tags in ((4, ["a", "b"]), (2, ["a", "b", "c"])):
+        plan = Plan(("attention", "edge"), tests=("faithfulness",), batch_size=size)
+        programs = Programs(Subject.of(model), params, PREPROCESS, plan, jax.devices()[:2], model)
+        parts = Parts(tmp_path / str(size), {}, tags)
+        run_parts(programs, parts, examples, PREPROCESS, first_key=10)
+        found[size] = collect(parts, plan, programs.subject, model.config)
+        edges = parts.load("edges", "model")["edges"]
+        assert sorted(set(edges[0])) == [10, 11, 12, 13, 14, 15]
+        assert edges.shape == (4, 6 * 3 * 4)  # images, layers, edges of a layer
+    for kind in ("faithfulness", "sanity", "groups"):
+        for one, other in zip(found[4][kind], found[2][kind], strict=True):
+            for key, value in one.items():
+                close = value if isinstance(value, str) else pytest.approx(value, abs=1e-3)
+                assert other[key] == close, (kind, key)
+    rho = {row["indicator"]: row["rho"] for row in found[4]["faithfulness"]}
+    assert rho["edge"] > rho["attention"]
+    start = [row for row in found[4]["sanity"] if row["redrawn"] == 0]
+    assert all(row["rho_original"] == pytest.approx(1) for row in start)
+    assert len(found[4]["groups"]) == 2 * 3 * 4
+    assert "mask_top" in to_csv(found[4])
+
+
+def test_faithfulness_needs_our_model():
+    model, params, _ = tiny(num_classes=2)
+    plan = Plan(("attention",), tests=("faithfulness",), batch_size=2)
+    with pytest.raises(ValueError, match="needs vit_interact's ViT"):
+        Programs(Subject.of(model), params, PREPROCESS, plan, jax.devices()[:2])
+
+
 def call(*arguments):
     return CliRunner().invoke(app, ["verify", *(str(a) for a in arguments)])
 

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from vit_interact.interactions.indicators import INDICATORS
+from vit_interact.models.config import ViTConfig
 from vit_interact.verify import curves
+from vit_interact.verify.faithfulness import collect_edges, collect_groups
 from vit_interact.verify.parts import Parts
 from vit_interact.verify.run import Plan
 from vit_interact.verify.subject import Subject
@@ -18,17 +20,20 @@ from vit_interact.verify.windows import VARIANTS, attention_flops_share
 Row = dict[str, Any]
 
 
-def collect(parts: Parts, plan: Plan, subject: Subject) -> dict[str, Any]:
+def collect(
+    parts: Parts, plan: Plan, subject: Subject, config: ViTConfig | None = None
+) -> dict[str, Any]:
     """Accuracies with 95 % bootstrap intervals over images, of every setting.
 
     Args:
       parts: all finished.
       plan: what was verified.
       subject: the model.
+      config: of our model, for its faithfulness.
 
     Returns:
-      `base`: top-1 of the unrestricted model; `windows`, `removal`, `removal_auc`: rows; `seconds`
-      for one image by part.
+      `base`: top-1 of the unrestricted model; `windows`, `removal`, `removal_auc`, `faithfulness`,
+      `sanity`, `groups`: rows; `seconds_per_image` by part.
     """
     base = parts.load("base", "model")
     labels, predicted = base["labels"], base["predictions"]
@@ -36,7 +41,8 @@ def collect(parts: Parts, plan: Plan, subject: Subject) -> dict[str, Any]:
     weights = curves.resample(images, plan.seed)
     top1, span = curves.share(predicted == labels, weights)
     found: dict[str, Any] = {"base": {"top1": top1, "top1_95": span, "images": images}}
-    found["windows"], found["removal"], found["removal_auc"] = [], [], []
+    for kind in ("windows", "removal", "removal_auc", "faithfulness", "sanity", "groups"):
+        found[kind] = []
     seconds = {"base": float(base["seconds"].mean())}
     for test, name in plan.parts():
         if test == "base":
@@ -45,6 +51,13 @@ def collect(parts: Parts, plan: Plan, subject: Subject) -> dict[str, Any]:
         seconds[f"{test}/{name}"] = float(arrays.pop("seconds").mean())
         if test == "windows":
             found["windows"] += _windows(name, arrays, plan, subject, labels, predicted, weights)
+        elif test == "edges":
+            assert config is not None
+            found["faithfulness"], found["sanity"] = collect_edges(
+                arrays, plan.indicators, config, plan.seed
+            )
+        elif test == "groups":
+            found["groups"] += collect_groups(arrays, name, weights)
         else:
             curve, areas = _removal(name, arrays, plan, labels, predicted, weights)
             found["removal"] += curve
@@ -112,6 +125,18 @@ def to_csv(found: dict[str, Any]) -> str:
     for row in found["removal_auc"]:
         what = ["removal", row["order"], row["intervention"], ""]
         writer.writerow([*what, "auc", row["auc"], *row["auc_95"]])
+    for row in found["faithfulness"]:
+        what = ["faithfulness", row["indicator"], "edges", ""]
+        writer.writerow([*what, "rho", row["rho"], *row["rho_95"]])
+        writer.writerow([*what, "rho_within_layers", row["rho_within_layers"], "", ""])
+    for row in found["sanity"]:
+        what = ["faithfulness", row["indicator"], "blocks_redrawn", row["redrawn"]]
+        for metric in ("rho", "rho_original"):
+            writer.writerow([*what, metric, row[metric], "", ""])
+    for row in found["groups"]:
+        what = ["faithfulness", row["indicator"], f"mask_{row['kind']}", row["share"]]
+        for metric in ("change", "agreement"):
+            writer.writerow([*what, metric, row[metric], *row[f"{metric}_95"]])
     return text.getvalue()
 
 

@@ -15,11 +15,14 @@ from jaxtyping import Array
 
 from vit_interact.data.preprocess import Preprocess
 from vit_interact.data.sources import Batch, Example, read_batches
-from vit_interact.verify import removal, windows
+from vit_interact.models.vit import ViT
+from vit_interact.verify import faithfulness, groups, removal, windows
 from vit_interact.verify.parts import Parts
 from vit_interact.verify.subject import Subject
 
-TESTS = ("windows", "removal")
+TESTS = ("windows", "removal", "faithfulness")
+# Forward passes that measuring costs, roughly: some indicators need a backward pass.
+_MEASURING = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Plan:
     """
 
     indicators: tuple[str, ...]
-    tests: tuple[str, ...] = TESTS
+    tests: tuple[str, ...] = TESTS[:2]
     coverages: tuple[float, ...] = windows.COVERAGES
     variants: tuple[str, ...] = windows.VARIANTS
     controls: tuple[str, ...] = windows.CONTROLS
@@ -55,21 +58,29 @@ class Plan:
             yield from (("windows", name) for name in self.indicators)
         if "removal" in self.tests:
             yield from (("removal", name) for name in (*self.indicators, "controls"))
+        if "faithfulness" in self.tests:
+            yield "edges", "model"
+            yield from (("groups", name) for name in self.indicators)
 
     def passes(self, test: str, name: str, subject: Subject) -> float:
         """Forward passes of a part, in units of a whole one; shortened sequences count less."""
         if test == "base":
             return 1.0
-        measuring = 4.0
+        if test == "edges":
+            # Cut edges run through half of the layers in float64, which takes twice as long.
+            cuts = faithfulness.PER_LAYER * subject.depth
+            return cuts + (subject.depth + 2) * _MEASURING
+        if test == "groups":
+            return _MEASURING + 1 + len(groups.KINDS) * len(groups.SHARES)
         if test == "windows":
             own = (1 + len(self.controls)) * ("layers" in self.variants)
-            return measuring + len(self.coverages) * (own + ("shared" in self.variants))
+            return _MEASURING + len(self.coverages) * (own + ("shared" in self.variants))
         orders = 3 if name != "controls" else removal.RANDOM_ORDERS + 2 * subject.class_token
         each = sum(
             sum((1 - share) if how == "drop" else 1 for share in self.shares)
             for how in self.interventions
         )
-        return float(measuring + orders * each)
+        return float(_MEASURING + orders * each)
 
 
 class Programs:
@@ -82,11 +93,13 @@ class Programs:
         preprocess: Preprocess,
         plan: Plan,
         devices: Sequence[jax.Device] | None = None,
+        model: ViT | None = None,
     ) -> None:
         """Places the parameters on devices, by default all local ones.
 
         Raises:
-          ValueError: when a batch does not divide over the devices, or patches cannot be dropped.
+          ValueError: when a batch does not divide over the devices, patches cannot be dropped, or
+            faithfulness is asked of a model that is not ours.
         """
         devices = list(devices or jax.local_devices())
         if "removal" in plan.tests and "drop" in plan.interventions and subject.drop is None:
@@ -95,7 +108,9 @@ class Programs:
             raise ValueError(
                 f"batch size {plan.batch_size} does not divide over {len(devices)} devices"
             )
-        self.subject, self.plan = subject, plan
+        if "faithfulness" in plan.tests and model is None:
+            raise ValueError("faithfulness needs vit_interact's ViT, whose edges can be cut")
+        self.subject, self.plan, self.model = subject, plan, model
         self.mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
         self.params = jax.device_put(params, NamedSharding(self.mesh, P()))
         self._normalize = preprocess.normalize
@@ -183,13 +198,23 @@ class Programs:
         pictures, keys = jax.device_put((batch.pictures, batch.keys), sharding)
         return pictures, keys
 
-    def run(self, test: str, name: str, pictures: Array, keys: Array) -> dict[str, np.ndarray]:
-        """One part: arrays whose last axis is that of images."""
+    def run(self, test: str, name: str, batch: Batch) -> dict[str, np.ndarray]:
+        """One part: arrays whose last axis is that of images, or of edges; without padding."""
+        pictures, keys = self.put(batch)
+        plan, count = self.plan, batch.count
         if test == "base":
-            return {"predictions": np.asarray(self.base(pictures))}
-        if test == "windows":
-            return self._windows(name, pictures, keys)
-        return self._removal(name, pictures, keys)
+            found = {"predictions": np.asarray(self.base(pictures)), "labels": batch.labels}
+        elif test == "windows":
+            found = self._windows(name, pictures, keys)
+        elif test == "removal":
+            found = self._removal(name, pictures, keys)
+        else:
+            assert self.model is not None
+            ours = (self.model, self.params, self._normalize(pictures), batch.keys)
+            if test == "edges":
+                return faithfulness.run_edges(*ours, plan.indicators, plan.seed, count)
+            found = faithfulness.run_groups(*ours, name, plan.seed)
+        return {key: array[..., :count] for key, array in found.items()}
 
     def _windows(self, name: str, pictures: Array, keys: Array) -> dict[str, np.ndarray]:
         found = {}
@@ -237,15 +262,11 @@ def run_parts(
             else:
                 todo.setdefault(number, []).append(part)
     for number, batch in read_batches(examples, preprocess, plan.batch_size, first_key, list(todo)):
-        pictures, keys = programs.put(batch)
         for part in todo[number]:
             start = time.perf_counter()
-            found = programs.run(*part, pictures, keys)
-            cut = {name: array[..., : batch.count] for name, array in found.items()}
-            if part[0] == "base":
-                cut["labels"] = batch.labels[: batch.count]
+            found = programs.run(*part, batch)
             seconds = np.full(batch.count, (time.perf_counter() - start) / batch.count)
-            parts.save(*part, number, {**cut, "seconds": seconds})
+            parts.save(*part, number, {**found, "seconds": seconds})
             advance(plan.passes(*part, subject))
 
 

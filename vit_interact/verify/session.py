@@ -52,7 +52,9 @@ class Verification:
             "weights_sha256": checkpoint.sha256,
         }
         # Before the folder: what cannot run leaves nothing behind.
-        self.programs = run.Programs(self.subject, checkpoint.params, checkpoint.preprocess, plan)
+        self.programs = run.Programs(
+            self.subject, checkpoint.params, checkpoint.preprocess, plan, model=checkpoint.model
+        )
         self.parts = Parts(out, self.options, _tags(examples, plan.batch_size, skip))
 
     @property
@@ -87,7 +89,7 @@ class Verification:
         run.run_parts(
             self.programs, self.parts, self.examples, self.checkpoint.preprocess, self.skip, advance
         )
-        found = collect(self.parts, self.plan, self.subject)
+        found = collect(self.parts, self.plan, self.subject, self.checkpoint.model.config)
         device = jax.devices()[0]
         report = {
             "options": {**self.options, "skip": self.skip, "images": len(self.examples)},
