@@ -10,7 +10,9 @@ from typer.testing import CliRunner
 import vit_interact as vi
 from tests.data.photographs import photographs
 from tests.models.helpers import tiny
+from vit_interact import interactions as vx
 from vit_interact.cli import app
+from vit_interact.data.images import read_image
 from vit_interact.data.preprocess import Preprocess
 from vit_interact.data.sources import open_examples
 from vit_interact.verify.parts import Parts
@@ -37,9 +39,10 @@ def arrays(parts):
     return {
         (test, name, key): value
         for test, name in PLAN.parts()
+        if test != "average"
         for key, value in parts.load(test, name).items()
         if key != "seconds"
-    }
+    } | {("average", "model", "mean"): parts.average.mean()}
 
 
 def test_killed_and_sharded_runs_give_the_same(tmp_path, programs, examples):
@@ -54,17 +57,19 @@ def test_killed_and_sharded_runs_give_the_same(tmp_path, programs, examples):
 
     def kill(passes):
         done.append(passes)
-        if len(done) == 7:
+        if len(done) == 8:
             raise Killed
 
     killed = Parts(tmp_path / "killed", {}, ["a", "b"])
     with pytest.raises(Killed):
         run_parts(programs, killed, examples, PREPROCESS, advance=kill)
-    assert len(list(killed.folder.glob("*.npz"))) == 7
-    run_parts(programs, Parts(tmp_path / "killed", {}, ["a", "b"]), examples, PREPROCESS)
+    assert len(list(killed.folder.glob("*.npz"))) == 8 and killed.average.batches == 1
+    killed = Parts(tmp_path / "killed", {}, ["a", "b"])
+    run_parts(programs, killed, examples, PREPROCESS)
     # One program a static shape: measuring twice for windows and three times for orders, one
-    # restricted, one masked, one grey, one for the whole model, and one drop for each share.
-    assert programs.compilations() == before == 2 + 3 + 4 + len(PLAN.shares)
+    # restricted, one masked, one grey, one for the whole model, one for the average over the data,
+    # and one drop for each share.
+    assert programs.compilations() == before == 2 + 3 + 5 + len(PLAN.shares)
 
     model, params, _ = tiny(num_classes=2)
     single = Programs(Subject.of(model), params, PREPROCESS, PLAN, jax.devices()[:1])
@@ -82,7 +87,8 @@ def test_results(tmp_path, programs, examples):
     found = collect(parts, PLAN, programs.subject)
     assert found["base"]["images"] == 6
     rows = {(r["indicator"], r["variant"], r["kind"], r["coverage"]): r for r in found["windows"]}
-    assert len(rows) == 2 * 6 * 2
+    assert len(rows) == 2 * 7 * 2
+    assert rows["rollout", "data", "indicator", 1.0]["top1"] == found["base"]["top1"]
     whole = rows["attention", "layers", "indicator", 1.0]
     assert whole["agreement"] == 1 and whole["area"] == 1 and whole["attention_flops"] == 1
     assert whole["top1"] == found["base"]["top1"]
@@ -96,6 +102,26 @@ def test_results(tmp_path, programs, examples):
     assert {row["indicator"] for row in rank_windows(found)} == {"attention", "rollout"}
     lines = to_csv(found).splitlines()
     assert len({line.count(",") for line in lines}) == 1
+
+
+def test_windows_of_the_data_are_those_of_the_mean_view(tmp_path, programs, examples):
+    parts = Parts(tmp_path / "out", {}, ["a", "b"])
+    run_parts(programs, parts, examples, PREPROCESS)
+    model, params, _ = tiny(num_classes=2)
+    pictures = np.stack([PREPROCESS.picture(read_image(one.path)) for one in examples])
+    images = PREPROCESS.normalize(jax.numpy.asarray(pictures))
+    maps = vi.measure(model, params, images, ("attention",))["attention"]
+    mean = vx.patch_view(maps, model.config.layout).mean(axis=1)
+    np.testing.assert_allclose(parts.average.mean()[0], mean, atol=1e-6)
+    boxes = vx.smallest_windows(mean, model.config.layout, 0.4)
+    np.testing.assert_array_equal(programs.data_windows["attention"][0], boxes)
+    area = vx.window_area(boxes[:-1], model.config.layout).mean()
+    found = parts.load("data", "attention")
+    np.testing.assert_allclose(found["data/indicator/area"][0], area, rtol=1e-5)
+    longer = Parts(tmp_path / "out", {}, ["a", "b", "c"])  # one more batch: other windows
+    assert longer.average.batches == 2 and not longer.has("data", "attention", 0)
+    (longer.folder / "average.npz").write_bytes(b"damaged")
+    assert Parts(tmp_path / "out", {}, ["a", "b"]).average.batches == 0
 
 
 def test_parts_belong_to_their_options(tmp_path):
@@ -169,6 +195,15 @@ def test_command(tmp_path, weights):
     assert report["options"]["images"] == 6 and report["drop_speed"]["speed_up"] > 0
     assert (out / "windows.png").stat().st_size > 10_000
     assert (out / "removal.png").exists() and (out / "verify.csv").exists()
+
+
+def test_faithfulness_command(tmp_path, weights):
+    data = photographs(tmp_path / "data", each=2)
+    options = ("--indicators", "attention,edge", "--tests", "faithfulness", "--batch-size", "8")
+    result = call("--model", weights, "--data", data, "--out", tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    assert "strongest" in result.output
+    assert (tmp_path / "out" / "faithfulness.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

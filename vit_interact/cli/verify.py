@@ -23,13 +23,15 @@ def verify(
     indicators: Annotated[
         str | None, typer.Option(help="Names such as attention,edge; all seven if unset.")
     ] = None,
-    tests: Annotated[str, typer.Option(help="Of windows,removal.")] = "windows,removal",
+    tests: Annotated[
+        str, typer.Option(help="Of windows, removal, faithfulness.")
+    ] = "windows,removal",
     coverages: Annotated[
         str, typer.Option(help="Shares of impact that windows hold, in (0, 1].")
     ] = "0.3,0.4,0.5,0.6,0.7,0.8,0.9,0.95,1.0",
     variants: Annotated[
-        str, typer.Option(help="Windows of each layer, or one for all: layers, shared.")
-    ] = "layers,shared",
+        str, typer.Option(help="Windows of each layer, one for all, or of the data: see docs.")
+    ] = "layers,shared,data",
     controls: Annotated[
         str, typer.Option(help="Boxes to compare with: centred, random, lowest, grid; or none.")
     ] = "centred,random,lowest,grid",
@@ -139,7 +141,11 @@ def _report(report: dict[str, Any], out: Path) -> None:
         table.add_column("indicator", no_wrap=True)
         columns = [name for name in ranked[0] if name != "indicator"]
         columns.sort(key=lambda name: (not name.endswith("indicator"), name))
-        titles = {"layers/indicator": "its windows", "shared/indicator": "one for all layers"}
+        titles = {
+            "layers/indicator": "its windows",
+            "shared/indicator": "one for all layers",
+            "data/indicator": "one for all images",
+        }
         for name in columns:
             table.add_column(titles.get(name, name.split("/")[1]), justify="right")
         for row in ranked:
@@ -160,4 +166,37 @@ def _report(report: dict[str, Any], out: Path) -> None:
                 f"{c['auc']:.1%} ({c['auc_95'][0]:.1%}-{c['auc_95'][1]:.1%})" for c in cells
             ))  # fmt: skip
         console.print(table)
+    if report["faithfulness"]:
+        console.print(_faithfulness_table(report))
+    if "windows_speed" in report:
+        print(
+            f"a pass inside windows takes {report['windows_speed']['ratio']:.2f} times a whole one "
+            "here, where windows are a mask; attention_flops is what a kernel would need"
+        )
+    if "drop_speed" in report:
+        speed = report["drop_speed"]
+        print(f"without {speed['share']:.0%} of the patches: {speed['speed_up']:.1f} times faster")
     print(f"all figures in {out / 'verify.json'}")
+
+
+def _faithfulness_table(report: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    share = 0.05
+    table = Table(title=f"faithfulness: edges really cut, and {share:.0%} of all edges masked")
+    table.add_column("indicator", no_wrap=True)
+    for title in ("rho, 95 % interval", "strongest", "weakest", "random"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in sorted(report["faithfulness"], key=lambda row: -row["rho"]):
+        low, high = row["rho_95"]
+        change = {
+            one["kind"]: f"{one['change']:+.2f}"
+            for one in report["groups"]
+            if one["indicator"] == row["indicator"] and one["share"] == share
+        }
+        table.add_row(
+            row["indicator"], f"{row['rho']:.3f} ({low:.3f}-{high:.3f})",
+            change["top"], change["bottom"], change["random"],
+        )  # fmt: skip
+    table.caption = "strongest, weakest, random: change of the predicted class's logit"
+    return table

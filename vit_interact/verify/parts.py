@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 import numpy as np
 
 RECORD = "verify_options.json"
+# Tests whose parts depend on all batches and not on their own alone.
+WHOLE = ("data",)
 
 
 class Parts:
@@ -31,6 +35,7 @@ class Parts:
         if out.exists() and not out.is_dir():
             raise ValueError(f"{out} is a file; --out needs a folder")
         self.folder, self.tags = out / "parts", tuple(tags)
+        self.average = Average(self.folder / "average.npz", self.tags)
         record = out / RECORD
         options = json.loads(json.dumps(options))
         if record.exists():
@@ -50,19 +55,22 @@ class Parts:
 
     def path(self, test: str, subject: str, batch: int) -> Path:
         """Where a part is or will be."""
-        return self.folder / f"{test}-{subject}-{batch:05d}-{self.tags[batch]}.npz"
+        tag = self.tags[batch]
+        if test in WHOLE:
+            tag += "-" + _digest(self.tags)[:10]
+        return self.folder / f"{test}-{subject}-{batch:05d}-{tag}.npz"
 
     def has(self, test: str, subject: str, batch: int) -> bool:
         """Whether a part is finished."""
+        if test == "average":
+            return batch < self.average.batches
         return self.path(test, subject, batch).exists()
 
     def save(self, test: str, subject: str, batch: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Writes a part."""
-        path = self.path(test, subject, batch)
-        unfinished = path.with_suffix(".unfinished")
-        with unfinished.open("wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-        os.replace(unfinished, path)
+        if test == "average":
+            return self.average.add(arrays["views"], int(arrays["images"]))
+        return replace_arrays(self.path(test, subject, batch), arrays)
 
     def load(self, test: str, subject: str) -> dict[str, np.ndarray]:
         """All batches of a part, joined along the last axis, that of images."""
@@ -71,6 +79,57 @@ class Parts:
             with np.load(self.path(test, subject, batch), allow_pickle=False) as file:
                 parts.append({name: file[name] for name in file.files})
         return {name: np.concatenate([p[name] for p in parts], axis=-1) for name in parts[0]}
+
+
+class Average:
+    """Mean over images of what all of them share; one file, replaced after every batch.
+
+    Attributes:
+      batches: how many of the data's batches are in it; they come in order.
+    """
+
+    def __init__(self, path: Path, tags: Sequence[str]) -> None:
+        """Goes on from the file, if it is of the first batches of this data."""
+        self._path, self._tags = path, tuple(tags)
+        self.batches, self._images, self._sums = 0, 0, np.zeros(())
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                known = int(file["batches"])
+                if known <= len(tags) and str(file["tags"]) == _digest(self._tags[:known]):
+                    self.batches, self._images = known, int(file["images"])
+                    self._sums = file["sums"]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            pass  # nothing yet, or damaged: begin anew
+
+    def add(self, views: np.ndarray, images: int) -> None:
+        """Adds the sum over the next batch's images."""
+        self._sums, self.batches = self._sums + views.astype(np.float64), self.batches + 1
+        self._images += images
+        replace_arrays(
+            self._path,
+            {
+                "sums": self._sums,
+                "batches": np.int64(self.batches),
+                "images": np.int64(self._images),
+                "tags": np.str_(_digest(self._tags[: self.batches])),
+            },
+        )
+
+    def mean(self) -> np.ndarray:
+        """Mean over the images so far, float32."""
+        return (self._sums / max(self._images, 1)).astype(np.float32)
+
+
+def _digest(tags: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(tags).encode()).hexdigest()
+
+
+def replace_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Writes an `.npz` so that it is never seen half-written."""
+    unfinished = path.with_suffix(".unfinished")
+    with unfinished.open("wb") as file:
+        np.savez(file, **arrays)
+    os.replace(unfinished, path)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -45,11 +45,11 @@ def collect(
         found[kind] = []
     seconds = {"base": float(base["seconds"].mean())}
     for test, name in plan.parts():
-        if test == "base":
+        if test in ("base", "average"):
             continue
         arrays = parts.load(test, name)
         seconds[f"{test}/{name}"] = float(arrays.pop("seconds").mean())
-        if test == "windows":
+        if test in ("windows", "data"):
             found["windows"] += _windows(name, arrays, plan, subject, labels, predicted, weights)
         elif test == "edges":
             assert config is not None

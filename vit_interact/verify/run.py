@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -15,9 +16,11 @@ from jaxtyping import Array
 
 from vit_interact.data.preprocess import Preprocess
 from vit_interact.data.sources import Batch, Example, read_batches
+from vit_interact.interactions.views import patch_view
+from vit_interact.interactions.windows import smallest_windows
 from vit_interact.models.vit import ViT
 from vit_interact.verify import faithfulness, groups, removal, windows
-from vit_interact.verify.parts import Parts
+from vit_interact.verify.parts import WHOLE, Parts
 from vit_interact.verify.subject import Subject
 
 TESTS = ("windows", "removal", "faithfulness")
@@ -56,6 +59,9 @@ class Plan:
         yield "base", "model"
         if "windows" in self.tests:
             yield from (("windows", name) for name in self.indicators)
+            if "data" in self.variants:
+                yield "average", "model"
+                yield from (("data", name) for name in self.indicators)
         if "removal" in self.tests:
             yield from (("removal", name) for name in (*self.indicators, "controls"))
         if "faithfulness" in self.tests:
@@ -72,6 +78,10 @@ class Plan:
             return cuts + (subject.depth + 2) * _MEASURING
         if test == "groups":
             return _MEASURING + 1 + len(groups.KINDS) * len(groups.SHARES)
+        if test == "average":
+            return _MEASURING * len(self.indicators) / 2
+        if test == "data":
+            return float(len(self.coverages))
         if test == "windows":
             own = (1 + len(self.controls)) * ("layers" in self.variants)
             return _MEASURING + len(self.coverages) * (own + ("shared" in self.variants))
@@ -156,11 +166,17 @@ class Programs:
             images = self._normalize(pictures)
             return removal.apply_zero(subject, params, images, hidden).argmax(-1)
 
+        def views(params: Any, pictures: Array, real: Array) -> Array:
+            maps = subject.measure(params, self._normalize(pictures), plan.indicators)
+            rows = jnp.stack([patch_view(maps[name], layout) for name in plan.indicators])
+            return jax.lax.psum(jnp.einsum("ilbpq,b->ilpq", rows, real), "data")
+
         images, layered = P("data"), P(None, None, "data")
         self.compiled: list[Any] = []
         self.base = self._split(base, (images,), images)
         self.make = self._split(make, (images, images), layered, static=True)
         self.restricted = self._split(restricted, (images, P(None, "data")), images)
+        self.views = self._split(views, (images, images), P())
         self.orders = self._split(orders, (images, images), images, static=True)
         self.dropped = self._split(dropped, (images, images), images, static=True)
         self.masked = self._split(masked, (images, images, P()), images)
@@ -205,7 +221,15 @@ class Programs:
         if test == "base":
             found = {"predictions": np.asarray(self.base(pictures)), "labels": batch.labels}
         elif test == "windows":
-            found = self._windows(name, pictures, keys)
+            found = self._windows(pictures, self.make(pictures, keys, name))
+        elif test == "average":
+            real = (np.arange(len(batch.pictures)) < count).astype(np.float32)
+            return {"views": np.asarray(self.views(pictures, real)), "images": np.asarray(count)}
+        elif test == "data":
+            own = self.data_windows[name]  # [Q, L, P, 4]
+            shape = (*own.shape[:2], len(batch.pictures), *own.shape[2:])
+            boxes = np.broadcast_to(own[:, :, None], shape)
+            found = self._windows(pictures, {("data", "indicator"): boxes})
         elif test == "removal":
             found = self._removal(name, pictures, keys)
         else:
@@ -216,10 +240,21 @@ class Programs:
             found = faithfulness.run_groups(*ours, name, plan.seed)
         return {key: array[..., :count] for key, array in found.items()}
 
-    def _windows(self, name: str, pictures: Array, keys: Array) -> dict[str, np.ndarray]:
+    def share_windows(self, mean: np.ndarray) -> None:
+        """Makes the windows of the data set from the mean of its views `[I, L, P, P]`."""
+        coverages, layout = self.plan.coverages, self.subject.layout
+        self.data_windows = {
+            name: np.asarray(smallest_windows(jnp.asarray(own), layout, coverages))
+            for name, own in zip(self.plan.indicators, mean, strict=True)
+        }
+
+    def _windows(
+        self, pictures: Array, made: Mapping[tuple[str, str], Any]
+    ) -> dict[str, np.ndarray]:
         found = {}
-        for (variant, kind), boxes in self.make(pictures, keys, name).items():
-            runs = [self.restricted(pictures, one) for one in boxes]
+        split = NamedSharding(self.mesh, P(None, "data"))
+        for (variant, kind), boxes in made.items():
+            runs = [self.restricted(pictures, jax.device_put(one, split)) for one in boxes]
             found[f"{variant}/{kind}/predictions"] = np.stack([np.asarray(p) for p, _ in runs])
             found[f"{variant}/{kind}/area"] = np.stack([np.asarray(a) for _, a in runs])
         return found
@@ -254,20 +289,29 @@ def run_parts(
       advance: called with forward passes of a batch, whenever some are finished or found finished.
     """
     plan, subject = programs.plan, programs.subject
-    todo: dict[int, list[tuple[str, str]]] = {}
-    for number in range(-(-len(examples) // plan.batch_size)):
-        for part in plan.parts():
-            if parts.has(*part, number):
+
+    def sweep(chosen: Sequence[tuple[str, str]]) -> None:
+        todo: dict[int, list[tuple[str, str]]] = {}
+        for number in range(-(-len(examples) // plan.batch_size)):
+            for part in chosen:
+                if parts.has(*part, number):
+                    advance(plan.passes(*part, subject))
+                else:
+                    todo.setdefault(number, []).append(part)
+        batches = read_batches(examples, preprocess, plan.batch_size, first_key, list(todo))
+        for number, batch in batches:
+            for part in todo[number]:
+                start = time.perf_counter()
+                found = programs.run(*part, batch)
+                seconds = np.full(batch.count, (time.perf_counter() - start) / batch.count)
+                parts.save(*part, number, {**found, "seconds": seconds})
                 advance(plan.passes(*part, subject))
-            else:
-                todo.setdefault(number, []).append(part)
-    for number, batch in read_batches(examples, preprocess, plan.batch_size, first_key, list(todo)):
-        for part in todo[number]:
-            start = time.perf_counter()
-            found = programs.run(*part, batch)
-            seconds = np.full(batch.count, (time.perf_counter() - start) / batch.count)
-            parts.save(*part, number, {**found, "seconds": seconds})
-            advance(plan.passes(*part, subject))
+
+    sweep([part for part in plan.parts() if part[0] not in WHOLE])
+    last = [part for part in plan.parts() if part[0] in WHOLE]
+    if last:
+        programs.share_windows(parts.average.mean())
+        sweep(last)
 
 
 def time_drop(
@@ -280,19 +324,39 @@ def time_drop(
     order = jax.device_put(order, NamedSharding(programs.mesh, P("data")))
     count = removal.patches_left(share, programs.subject.layout)
 
-    def seconds(call: Callable[[], Array]) -> float:
-        jax.block_until_ready(call())
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            times.append(time.perf_counter() - start)
-        return float(np.median(times)) / len(batch.pictures)
-
-    whole = seconds(lambda: programs.base(pictures))
-    cut = seconds(lambda: programs.dropped(pictures, order, count))
+    whole, cut = _seconds(
+        batch, repeats,
+        lambda: programs.base(pictures), lambda: programs.dropped(pictures, order, count),
+    )  # fmt: skip
     return {"share": share, "whole_s_per_image": whole, "dropped_s_per_image": cut,
             "speed_up": whole / cut}  # fmt: skip
+
+
+def time_windows(programs: Programs, batch: Batch, repeats: int = 3) -> dict[str, float]:
+    """What a pass restricted to windows takes here, where they are a mask on dense attention."""
+    pictures, _ = programs.put(batch)
+    layout, depth = programs.subject.layout, programs.subject.depth
+    box = np.array([0, 0, layout.rows, layout.cols], np.int32)
+    boxes = np.broadcast_to(box, (depth, len(batch.pictures), layout.num_patches, 4))
+    boxes = jax.device_put(boxes, NamedSharding(programs.mesh, P(None, "data")))
+    whole, masked = _seconds(
+        batch, repeats,
+        lambda: programs.base(pictures), lambda: programs.restricted(pictures, boxes),
+    )  # fmt: skip
+    return {"whole_s_per_image": whole, "masked_s_per_image": masked, "ratio": masked / whole}
+
+
+def _seconds(batch: Batch, repeats: int, *calls: Callable[[], Any]) -> list[float]:
+    """Median seconds for an image of each call; they take turns, so that load falls on all."""
+    for call in calls:
+        jax.block_until_ready(call())
+    times = np.zeros((repeats, len(calls)))
+    for turn in times:
+        for place, call in enumerate(calls):
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            turn[place] = time.perf_counter() - start
+    return [float(t) for t in np.median(times, axis=0) / len(batch.pictures)]
 
 
 def measure_pass(programs: Programs, batch: Batch) -> float:

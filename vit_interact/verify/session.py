@@ -102,12 +102,12 @@ class Verification:
             "device": {"kind": device.device_kind, "count": jax.local_device_count()},
             **found,
         }
-        if "removal" in self.plan.tests and "drop" in self.plan.interventions:
-            report["drop_speed"] = run.time_drop(
-                self.programs,
-                run.read_first(self.examples, self.checkpoint.preprocess, self.plan),
-                self.plan.shares[-1],
-            )
+        plan = self.plan
+        first = run.read_first(self.examples, self.checkpoint.preprocess, plan)
+        if "windows" in plan.tests:
+            report["windows_speed"] = run.time_windows(self.programs, first)
+        if "removal" in plan.tests and "drop" in plan.interventions:
+            report["drop_speed"] = run.time_drop(self.programs, first, plan.shares[-1])
         from vit_interact.viz.verification import draw_verification
 
         replace_text(self.out / "verify.json", json.dumps(report, indent=1))

@@ -21,7 +21,7 @@ from vit_interact.verify.subject import Subject
 
 COVERAGES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 CONTROLS = ("centred", "random", "lowest", "grid")
-VARIANTS = ("layers", "shared")
+VARIANTS = ("layers", "shared", "data")
 
 
 def make_windows(
@@ -41,7 +41,7 @@ def make_windows(
       coverages: shares of a row's impact that windows hold.
       keys: a random key for each image `[B]`.
       rolled: whether the indicator is a rollout, whose last layer already holds all others.
-      variants: of `VARIANTS`.
+      variants: of `VARIANTS`; `data` needs more than these images and is made elsewhere.
       controls: of `CONTROLS`; they follow the windows of variant `layers`.
 
     Returns:

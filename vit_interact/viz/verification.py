@@ -31,7 +31,7 @@ def draw_verification(report: dict[str, Any], folder: Path) -> list[Path]:
 
     Args:
       report: the content of `verify.json`.
-      folder: where `windows.png` and `removal.png` go.
+      folder: where `windows.png`, `removal.png` and `faithfulness.png` go.
 
     Returns:
       The files written.
@@ -40,6 +40,7 @@ def draw_verification(report: dict[str, Any], folder: Path) -> list[Path]:
     for name, rows, draw in (
         ("windows.png", report["windows"], draw_windows_curves),
         ("removal.png", report["removal"], draw_removal_curves),
+        ("faithfulness.png", report["faithfulness"], draw_faithfulness),
     ):
         if rows:
             path = folder / name
@@ -57,7 +58,11 @@ def draw_windows_curves(report: dict[str, Any]) -> Figure:
     """
     rows = report["windows"]
     names = list(dict.fromkeys(row["indicator"] for row in rows))
-    titles = {"layers": "windows of each layer", "shared": "one window for all layers"}
+    titles = {
+        "layers": "windows of each layer",
+        "shared": "one window for all layers",
+        "data": "one mask for all images",
+    }
     shown = [name for name in titles if any(row["variant"] == name for row in rows)]
     compared = any(row["kind"] in _CONTROLS for row in rows)
     panels = len(shown) + compared
@@ -121,6 +126,60 @@ def draw_removal_curves(report: dict[str, Any]) -> Figure:
     return figure
 
 
+@styled
+def draw_faithfulness(report: dict[str, Any]) -> Figure:
+    """Rank agreement with cut edges, effect of masked groups, and of redrawn weights.
+
+    Args:
+      report: the content of `verify.json`.
+    """
+    rows = sorted(report["faithfulness"], key=lambda row: row["rho"])
+    names = [row["indicator"] for row in report["faithfulness"]]
+    figure = Figure(figsize=(13.5, 4.6), layout="constrained")
+    bars, masked, redrawn = figure.subplots(1, 3)
+    for place, row in enumerate(rows):
+        style, (low, high) = indicator_style(row["indicator"]), row["rho_95"]
+        bars.plot([low, high], [place, place], color=style.color, linewidth=2)
+        bars.plot(row["rho"], place, "o", color=style.color)
+        bars.annotate(
+            f"{row['rho']:.2f}", (row["rho"], place), xytext=(0, 5),
+            textcoords="offset points", ha="center", fontsize="small",
+        )  # fmt: skip
+    bars.set_yticks(range(len(rows)), [indicator_style(row["indicator"]).label for row in rows])
+    bars.set_xlim(min(0.0, *(row["rho_95"][0] for row in rows)), 1.05)
+    bars.set_ylim(-0.5, len(rows) - 0.3)
+    bars.set_title("edges really cut")
+    bars.set_xlabel("Spearman's rho with |change of the logit|")
+    for name in names:
+        style = indicator_style(name)
+        for kind, dashes in (("top", "-"), ("bottom", (0, (4, 2)))):
+            own = [r for r in report["groups"] if (r["indicator"], r["kind"]) == (name, kind)]
+            label = style.label if kind == "top" else None
+            _curve(masked, own, "share", label, style.color, dashes, y="change")
+        curve = [row for row in report["sanity"] if row["indicator"] == name]
+        x, y = [row["redrawn"] for row in curve], [row["rho_original"] for row in curve]
+        redrawn.plot(x, y, color=style.color, marker="o", markersize=3, label=style.label)
+    control = [r for r in report["groups"] if (r["indicator"], r["kind"]) == (names[0], "random")]
+    _curve(masked, control, "share", "random edges", "#4D4D4D", (0, (1, 1.5)), y="change")
+    masked.set_title("groups masked: strongest (solid), weakest (dashed)")
+    masked.set_xlabel("share of patch-to-patch edges, each layer")
+    masked.set_ylabel("change of the predicted class's logit")
+    masked.legend(loc="best")
+    redrawn.set_title("weights redrawn from the top")
+    redrawn.set_xlabel("blocks redrawn")
+    redrawn.set_ylabel("Spearman's rho with the indicator before")
+    redrawn.set_ylim(top=1.05)
+    for axis in (bars, masked, redrawn):
+        axis.grid(visible=True, alpha=0.3)
+    first = report["faithfulness"][0]
+    figure.suptitle(
+        f"{first['images']} images, {first['edges']} edges; lines and bands: 95 % bootstrap "
+        "intervals over images",
+        fontsize="medium", ha="left", x=0.01,
+    )  # fmt: skip
+    return figure
+
+
 def _pick(rows: list[Row], indicator: str, variant: str, kind: str) -> list[Row]:
     wanted = (indicator, variant, kind)
     return [row for row in rows if (row["indicator"], row["variant"], row["kind"]) == wanted]
@@ -130,11 +189,14 @@ def _mean(rows: list[Row]) -> float:
     return sum(row["top1"] for row in rows) / len(rows)
 
 
-def _curve(axis: Axes, rows: list[Row], x: str, label: str, color: str, dashes: Any = "-") -> None:
+def _curve(
+    axis: Axes, rows: list[Row], x: str, label: str | None, color: str, dashes: Any = "-",
+    y: str = "top1",
+) -> None:  # fmt: skip
     rows = sorted(rows, key=lambda row: row[x])
-    xs, ys = [row[x] for row in rows], [row["top1"] for row in rows]
+    xs, ys = [row[x] for row in rows], [row[y] for row in rows]
     axis.plot(xs, ys, color=color, linestyle=dashes, marker="o", markersize=3, label=label)
-    low, high = zip(*(row["top1_95"] for row in rows), strict=True)
+    low, high = zip(*(row[f"{y}_95"] for row in rows), strict=True)
     axis.fill_between(xs, low, high, color=color, alpha=0.07, linewidth=0)
 
 
