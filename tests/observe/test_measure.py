@@ -15,6 +15,7 @@ from vit_interact import interactions as vx
 from vit_interact.models.attention import Taps
 from vit_interact.models.vit import ViT
 from vit_interact.observe.ablation import enable_x64
+from vit_interact.observe.measure import measure_with_logits
 
 ALL = tuple(vx.INDICATORS)
 
@@ -314,3 +315,31 @@ def test_empty_taps_take_the_explicit_path():
     model, params, images = tiny()
     explicit = model.clone(taps=Taps()).apply({"params": params}, images)
     np.testing.assert_allclose(explicit, model.apply({"params": params}, images), atol=1e-5)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_kept_patches_are_measured_as_the_model_runs_on_them(scan):
+    model, params, images = tiny(scan=scan)
+    names = ("attention", "gradient", "edge")
+    everything = np.tile(np.arange(model.config.layout.num_patches, dtype=np.int32), (2, 1))
+    whole = vi.measure(model, params, images, names)
+    for name, maps in vi.measure(model, params, images, names, keep=everything).items():
+        np.testing.assert_allclose(maps, whole[name], atol=1e-6)
+    keep = np.array([[0, 3, 7], [1, 2, 11]], np.int32)
+    logits, maps = measure_with_logits(model, params, images, names, keep=keep)
+    np.testing.assert_allclose(
+        logits, model.apply({"params": params}, images, keep=keep), atol=1e-5
+    )
+    assert maps["edge"].shape == (3, 2, 4, 4)
+    # The first layer's attention is that of the whole model, over fewer keys.
+    seen = np.concatenate([np.zeros((2, 1), int), 1 + keep], axis=1)
+    weights = vi.capture(model, params, images, need=("weights",), layers=(0,)).weights[0]
+    rows = np.stack([np.asarray(w)[:, s][:, :, s] for w, s in zip(weights, seen, strict=True)])
+    expected = (rows / rows.sum(-1, keepdims=True)).mean(1)
+    np.testing.assert_allclose(maps["attention"][0], expected, atol=1e-5)
+
+
+def test_keep_is_for_our_model(foreign):
+    model, params, images = foreign[:3]
+    with pytest.raises(ValueError, match="keep needs vit_interact's ViT"):
+        vi.measure(model, params, images, ("attention",), keep=np.zeros((len(images), 2), int))

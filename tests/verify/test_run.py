@@ -97,6 +97,7 @@ def test_results(tmp_path, programs, examples):
         np.testing.assert_allclose(same, rows["attention", "layers", "indicator", 0.4]["area"])
     orders = {row["order"] for row in found["removal_auc"]}
     assert {"attention/lowest", "rollout/highest", "random2", "class_attention"} <= orders
+    assert {"rollout/staged", "class_attention_staged"} <= orders
     assert {r["removed"] for r in found["removal"]} == {0.0, 0.5, 0.9}
     assert rank_removal(found)[0]["auc"] >= rank_removal(found)[1]["auc"]
     assert {row["indicator"] for row in rank_windows(found)} == {"attention", "rollout"}

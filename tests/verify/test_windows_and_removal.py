@@ -136,3 +136,48 @@ def test_curves_by_hand():
     np.testing.assert_allclose(weights.sum(1), 1)
     top1, (low, high) = curves.share(np.arange(50) < 40, weights)
     assert top1 == 0.8 and 0.66 < low < 0.72 and 0.88 < high < 0.92
+
+
+def test_staged_order_by_hand():
+    """Impacts that depend on what is there: 8 patches, measured at 8, 4, 2 and 1."""
+    assert removal.stage_sizes(8) == [8, 4, 2, 1]
+    assert removal.stage_sizes(256) == [256, 153, 91, 54, 32]
+    seen = []
+    tables = {
+        8: [7, 6, 5, 4, 3, 2, 1, 0],  # 7, 6, 5, 4 go first
+        4: [0, 9, 8, 1],  # of 0 1 2 3: then 0 and 3
+        2: [5, 4],  # of 1 2: then 2
+        1: [0],
+    }
+
+    def impact(keep):
+        seen.append(keep.tolist())
+        return jnp.asarray([tables[keep.shape[1]]], jnp.float32)
+
+    order = removal.staged_order(impact, 1, 8)
+    assert seen == [[[0, 1, 2, 3, 4, 5, 6, 7]], [[0, 1, 2, 3]], [[1, 2]], [[1]]]
+    assert order.tolist() == [[7, 6, 5, 4, 0, 3, 2, 1]]
+
+
+@pytest.mark.parametrize("name", ["attention", "gradient", "rollout"])
+def test_staged_order_measures_what_is_left(setting, name):
+    subject, params, images, _ = setting
+    order = np.asarray(removal.staged_by_indicator(subject, params, images, name))
+    assert (np.sort(order, axis=1) == np.arange(subject.layout.num_patches)).all()
+    # The last measurement, by hand: what it sees comes last, in the order of its impact.
+    sizes = removal.stage_sizes(subject.layout.num_patches)
+    keep = np.sort(order[:, -sizes[-1] :], axis=1)
+    classes = subject.apply(params, images, None).argmax(-1)
+    maps = subject.measure_kept(params, images, (name,), jnp.asarray(keep), classes)[name]
+    layout = vi.TokenLayout(1, sizes[-1], subject.layout.prefix)
+    mean = maps[-1] if name == "rollout" else vx.combine_layers(maps, layout)
+    impact = np.asarray(vx.received_impact(mean, layout, include_prefix=False))
+    np.testing.assert_array_equal(
+        order[:, -sizes[-1] :], np.take_along_axis(keep, np.argsort(impact, axis=1), axis=1)
+    )
+
+
+def test_staged_class_attention_is_a_permutation(setting):
+    subject, params, images, _ = setting
+    order = np.asarray(removal.staged_by_class_attention(subject, params, images))
+    assert (np.sort(order, axis=1) == np.arange(subject.layout.num_patches)).all()

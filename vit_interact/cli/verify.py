@@ -35,6 +35,9 @@ def verify(
     controls: Annotated[
         str, typer.Option(help="Boxes to compare with: centred, random, lowest, grid; or none.")
     ] = "centred,random,lowest,grid",
+    orders: Annotated[
+        str, typer.Option(help="Of removal: lowest, patches, highest, staged: see docs.")
+    ] = "lowest,patches,highest,staged",
     shares: Annotated[
         str, typer.Option(help="Shares of patches removed, in (0, 1).")
     ] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9",
@@ -58,7 +61,7 @@ def verify(
     """
     with one_line_errors():
         from vit_interact.data.sources import open_examples
-        from vit_interact.verify.removal import INTERVENTIONS
+        from vit_interact.verify.removal import INTERVENTIONS, ORDERS
         from vit_interact.verify.run import TESTS, Plan
         from vit_interact.verify.session import Verification
         from vit_interact.verify.windows import CONTROLS, VARIANTS
@@ -69,6 +72,7 @@ def verify(
             _numbers("--coverages", coverages),
             _among("--variants", variants, VARIANTS),
             () if controls == "none" else _among("--controls", controls, CONTROLS),
+            _among("--orders", orders, ORDERS),
             _numbers("--shares", shares, below=True),
             _among("--interventions", interventions, INTERVENTIONS),
             seed,

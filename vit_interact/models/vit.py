@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from vit_interact.models.attention import (
     SINKS,
@@ -27,6 +27,7 @@ from vit_interact.models.attention import (
 from vit_interact.models.config import ViTConfig
 
 Images = Float[Array, "B h w 3"] | Float[np.ndarray, "B h w 3"]
+Keep = Int[Array, "B K"] | Int[np.ndarray, "B K"] | None
 LayerMask = Bool[Array, "..."] | Sequence[Any] | None
 LayerBias = SeparableBias | Sequence[SeparableBias | None] | None
 
@@ -268,6 +269,7 @@ class ViT(nn.Module):
         *,
         mask: LayerMask = None,
         bias: LayerBias = None,
+        keep: Keep = None,
         train: bool = False,
     ) -> Float[Array, "B classes"]:
         """Logits, or pooled features when the config has `num_classes=0`.
@@ -277,12 +279,18 @@ class ViT(nn.Module):
           mask: True = attend. `[N, N]`, `[B, N, N]` or `[B, H, N, N]` for all layers, or a list
             with one (or None) for each layer. A row that masks every key gets a zero update.
           bias: a `SeparableBias` for all layers or a list with one (or None) for each.
+          keep: numbers of the patches that stay, for each image; the others are deleted after
+            position embedding, so that the model runs on `T + K` tokens. None keeps all.
           train: whether dropout and stochastic depth are active (needs the `dropout` key).
 
         Raises:
           ValueError: when images or masks do not fit the model.
         """
         x = self.embed(images, train=train)
+        if keep is not None:
+            prefix, patches = jnp.split(x, [self.config.prefix], axis=1)
+            patches = jnp.take_along_axis(patches, jnp.asarray(keep)[..., None], axis=1)
+            x = jnp.concatenate([prefix, patches], axis=1)
         return self.classify(self.Transformer(x, mask, bias, train))
 
     def embed(self, images: Images, *, train: bool = False) -> Float[Array, "B N D"]:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from vit_interact.interactions.indicators import INDICATORS, NEEDS, Captures, check_name, roll
 from vit_interact.models.attention import Attended, Taps, output_gradient
-from vit_interact.models.vit import Images
+from vit_interact.models.vit import Images, Keep, ViT
 from vit_interact.observe.probe import (
     Probed,
     Score,
@@ -34,6 +34,7 @@ def measure(
     indicators: Sequence[str] = ("leave_one_out",),
     score: Score = "predicted",
     layers: Sequence[int] | None = None,
+    keep: Keep = None,
 ) -> dict[str, Float[Array, "L B N N"]]:
     """Measures the impact of every token on every other one, in one compiled call.
 
@@ -50,6 +51,7 @@ def measure(
       score: what gradients are of: the logit of the predicted class, of one class number, of one
         class number for each image `[B]`, or a function of logits `[B, classes]` giving `[B]`.
       layers: layer numbers, negative ones from the end; None is all.
+      keep: patches that stay, as for our `ViT`; tokens are then the prefix and these.
 
     Returns:
       Name to `[L, B, N, N]`, entry `i, j` being the impact of token `j` on token `i`.
@@ -57,7 +59,7 @@ def measure(
     Raises:
       ValueError: for an unknown indicator, layer or score, or images that do not fit the model.
     """
-    return measure_with_logits(model, params, images, indicators, score, layers)[1]
+    return measure_with_logits(model, params, images, indicators, score, layers, keep)[1]
 
 
 def measure_with_logits(
@@ -67,6 +69,7 @@ def measure_with_logits(
     indicators: Sequence[str] = ("leave_one_out",),
     score: Score = "predicted",
     layers: Sequence[int] | None = None,
+    keep: Keep = None,
 ) -> tuple[Float[Array, "B classes"], dict[str, Float[Array, "L B N N"]]]:
     """`measure`, and the logits of the same pass."""
     names = (indicators,) if isinstance(indicators, str) else tuple(indicators)
@@ -74,7 +77,11 @@ def measure_with_logits(
         check_name(name)
     chosen = choose_layers(model, params, images, layers)
     function, classes = make_score(score, images.shape[0])
-    logits, maps = _measure(model, params, images, classes, names, chosen, function)
+    if keep is not None:
+        if not isinstance(model, ViT):
+            raise ValueError("keep needs vit_interact's ViT, which can delete patches")
+        keep = jnp.asarray(keep)
+    logits, maps = _measure(model, params, images, classes, names, chosen, function, keep)
     return logits, {name: maps[name] for name in names}  # jit returns names in sorted order
 
 
@@ -87,6 +94,7 @@ def _measure(
     names: tuple[str, ...],
     layers: tuple[int, ...],
     score: Callable[[Array], Array] | None,
+    keep: Array | None,
 ) -> tuple[Array, dict[str, Array]]:
     backward = tuple(name for name in names if "output_grad" in NEEDS[name])
     forward = tuple(name for name in names if name not in backward)
@@ -104,7 +112,7 @@ def _measure(
         return dict.fromkeys(backward, shape)
 
     score = score or functools.partial(class_score, classes=classes)
-    probed = probe(model, params, images, taps, sinks, score)
+    probed = probe(model, params, images, taps, sinks, score, keep)
     positions = [below.index(layer) for layer in layers]
     maps = {}
     for name in names:

@@ -54,6 +54,7 @@ def probe(
     taps: Taps,
     sinks: Callable[[Any], Mapping[str, Any]],
     score: Callable[[Array], Array],
+    keep: Array | None = None,
 ) -> Probed:
     """Runs the model once (and once backward if `taps.reduce_grad` is set); traceable.
 
@@ -64,9 +65,11 @@ def probe(
       taps: what to give away; `taps.layers` chooses layers.
       sinks: maps one layer's `Attended` shapes to the shapes that `taps.reduce_grad` returns.
       score: maps logits `[B, classes]` to a score for each image `[B]`.
+      keep: patches that stay `[B, K]`, for our `ViT` only; None keeps all.
     """
-    run = _probe_ours if isinstance(model, ViT) else _probe_foreign
-    return run(model, params, images, taps, sinks, score)
+    if isinstance(model, ViT):
+        return _probe_ours(model, params, images, taps, sinks, score, keep)
+    return _probe_foreign(model, params, images, taps, sinks, score)
 
 
 def count_layers(model: Any, params: Mapping[str, Any], images: Any) -> int:
@@ -151,15 +154,16 @@ def _backward(
 
 
 def _probe_ours(
-    model: ViT, params: Any, images: Array, taps: Taps, sinks: Any, score: Any
+    model: ViT, params: Any, images: Array, taps: Taps, sinks: Any, score: Any, keep: Array | None
 ) -> Probed:
     config = model.config
+    tokens = config.layout.num_tokens if keep is None else config.prefix + keep.shape[1]
     model = model.clone(taps=taps)
     layers = range(config.depth) if taps.layers is None else taps.layers
 
     def run(sink_tree: Any) -> tuple[Array, Any]:
         variables = {"params": params, SINKS: sink_tree}
-        return model.apply(variables, images, mutable=["intermediates"])
+        return model.apply(variables, images, keep=keep, mutable=["intermediates"])
 
     def read(tree: Any, layer: int) -> Any:
         block = "encoderblock" if config.scan else f"encoderblock_{layer}"
@@ -170,7 +174,7 @@ def _probe_ours(
         logits, state = run({})
         cotangents = None
     else:
-        shapes = sinks(_attended_shapes(config, images))
+        shapes = sinks(_attended_shapes(config, len(images), tokens))
         lead = (config.depth,) if config.scan else ()
         zeros = {k: jnp.zeros(lead + s.shape, s.dtype) for k, s in shapes.items()}
         names = ["encoderblock"] if config.scan else [f"encoderblock_{i}" for i in layers]
@@ -186,8 +190,7 @@ def _probe_ours(
     )
 
 
-def _attended_shapes(config: Any, images: Array) -> Any:
-    batch, tokens = images.shape[0], config.layout.num_tokens
+def _attended_shapes(config: Any, batch: int, tokens: int) -> Any:
     dtype = jnp.dtype(config.dtype)
     per_head: Any = jax.ShapeDtypeStruct((batch, tokens, config.heads, config.head_dim), dtype)
     wide = jnp.promote_types(dtype, jnp.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,10 @@ from vit_interact.verify.subject import Subject
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 INTERVENTIONS = ("drop", "mask", "zero")
+ORDERS = ("lowest", "patches", "highest", "staged")
 RANDOM_ORDERS = 3
+# Staged orders measure again whenever 0.6 of the patches are left, down to an eighth of all.
+_STAGE, _LAST_STAGE = 0.6, 1 / 8
 
 
 def indicator_orders(
@@ -66,6 +70,78 @@ def control_orders(
         orders["class_attention"] = removal_order(row.mean(axis=0))
         orders["class_attention_last"] = removal_order(row[-1])
     return orders
+
+
+def staged_order(
+    impact: Callable[[Int[Array, "B K"]], Float[Array, "B K"]], batch: int, patches: int
+) -> Int[Array, "B P"]:
+    """Order of removal by an impact that is measured again, several times, on what is left.
+
+    What a patch gives to others depends on which others are there: of two patches that carry the
+    same evidence, both look needed, or both needless, until one is gone.
+
+    Args:
+      impact: maps the numbers of the patches that are there to the impact of each.
+      batch: images.
+      patches: of the whole grid.
+
+    Returns:
+      Least impact first; what a later measurement sees goes after all that it does not see.
+    """
+    place = jnp.zeros((batch, patches), jnp.int32)
+    update = jax.vmap(lambda one, where, value: one.at[where].set(value))
+    for left in stage_sizes(patches):
+        keep = kept_patches(jnp.argsort(place, axis=-1), left)
+        rank = jnp.argsort(removal_order(impact(keep)), axis=-1).astype(jnp.int32)
+        place = update(place, keep, patches - left + rank)
+    return jnp.argsort(place, axis=-1).astype(jnp.int32)
+
+
+def stage_sizes(patches: int) -> list[int]:
+    """How many patches are there at each measurement of a staged order."""
+    sizes, left = [], patches
+    while left >= max(1, patches * _LAST_STAGE):
+        sizes.append(left)
+        left = math.floor(left * _STAGE)
+    return sizes
+
+
+def staged_by_indicator(
+    subject: Subject, params: object, images: Array, name: str
+) -> Int[Array, "B P"]:
+    """`staged_order` by received impact without rows of prefix tokens, of the mean over layers.
+
+    Gradients stay those of the class that is predicted for the whole image.
+    """
+
+    def impact(maps: Float[Array, "L B n n"], layout: TokenLayout) -> Float[Array, "B K"]:
+        together = maps[-1] if name == "rollout" else combine_layers(maps, layout)
+        return received_impact(together, layout, include_prefix=False)
+
+    return _staged(subject, params, images, name, impact)
+
+
+def staged_by_class_attention(subject: Subject, params: object, images: Array) -> Int[Array, "B P"]:
+    """The control of `staged_by_indicator`: the class token's attention, mean over layers."""
+
+    def impact(maps: Float[Array, "L B n n"], layout: TokenLayout) -> Float[Array, "B K"]:
+        return maps[:, :, 0, layout.prefix :].mean(axis=0)
+
+    return _staged(subject, params, images, "attention", impact)
+
+
+def _staged(
+    subject: Subject, params: object, images: Array, name: str, impact: Callable[..., Array]
+) -> Int[Array, "B P"]:
+    assert subject.measure_kept is not None
+    measure_kept, prefix = subject.measure_kept, subject.layout.prefix
+    classes = subject.apply(params, images, None).argmax(-1)
+
+    def measured(keep: Array) -> Array:
+        maps = measure_kept(params, images, (name,), keep, classes)[name]
+        return impact(maps, TokenLayout(rows=1, cols=keep.shape[1], prefix=prefix))
+
+    return staged_order(measured, len(images), subject.layout.num_patches)
 
 
 def patches_left(share: float, layout: TokenLayout) -> int:

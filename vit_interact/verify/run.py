@@ -38,6 +38,7 @@ class Plan:
       coverages: of windows.
       variants: of `windows.VARIANTS`.
       controls: of `windows.CONTROLS`, the boxes that windows are compared with.
+      orders: of `removal.ORDERS`.
       shares: of patches removed.
       interventions: of `removal.INTERVENTIONS`.
       seed: of random controls.
@@ -49,6 +50,7 @@ class Plan:
     coverages: tuple[float, ...] = windows.COVERAGES
     variants: tuple[str, ...] = windows.VARIANTS
     controls: tuple[str, ...] = windows.CONTROLS
+    orders: tuple[str, ...] = removal.ORDERS
     shares: tuple[float, ...] = removal.SHARES
     interventions: tuple[str, ...] = removal.INTERVENTIONS
     seed: int = 0
@@ -85,12 +87,18 @@ class Plan:
         if test == "windows":
             own = (1 + len(self.controls)) * ("layers" in self.variants)
             return _MEASURING + len(self.coverages) * (own + ("shared" in self.variants))
-        orders = 3 if name != "controls" else removal.RANDOM_ORDERS + 2 * subject.class_token
+        staged = "staged" in self.orders
+        orders = len(self.orders)
+        if name == "controls":
+            staged = staged and subject.class_token
+            orders = removal.RANDOM_ORDERS + 2 * subject.class_token + staged
+        patches = subject.layout.num_patches
+        measuring = _MEASURING * (1 + staged * sum(removal.stage_sizes(patches)) / patches)
         each = sum(
             sum((1 - share) if how == "drop" else 1 for share in self.shares)
             for how in self.interventions
         )
-        return float(_MEASURING + orders * each)
+        return float(measuring + orders * each)
 
 
 class Programs:
@@ -114,6 +122,8 @@ class Programs:
         devices = list(devices or jax.local_devices())
         if "removal" in plan.tests and "drop" in plan.interventions and subject.drop is None:
             raise ValueError("this model has no way to drop patches: leave out that intervention")
+        if "removal" in plan.tests and "staged" in plan.orders and subject.measure_kept is None:
+            raise ValueError("this model cannot be measured on some patches: leave out staged")
         if plan.batch_size % len(devices):
             raise ValueError(
                 f"batch size {plan.batch_size} does not divide over {len(devices)} devices"
@@ -147,9 +157,17 @@ class Programs:
             images = self._normalize(pictures)
             measured = "attention" if name == "controls" else name
             maps = subject.measure(params, images, (measured,))[measured]
+            staged = "staged" in plan.orders
             if name == "controls":
-                return removal.control_orders(maps, subject, keys_of(numbers))
-            return removal.indicator_orders(maps, layout, name == "rollout")
+                found = removal.control_orders(maps, subject, keys_of(numbers))
+                if staged and subject.class_token:
+                    again = removal.staged_by_class_attention(subject, params, images)
+                    found["class_attention_staged"] = again
+                return found
+            found = removal.indicator_orders(maps, layout, name == "rollout")
+            if staged:
+                found["staged"] = removal.staged_by_indicator(subject, params, images, name)
+            return {order: found[order] for order in plan.orders}
 
         def dropped(params: Any, pictures: Array, order: Array, count: int) -> Array:
             assert subject.drop is not None

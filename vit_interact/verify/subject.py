@@ -6,12 +6,13 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from vit_interact.layout import TokenLayout
 from vit_interact.models.vit import ViT
 from vit_interact.observe.measure import measure
+
+MeasureKept = Callable[[Any, Array, Sequence[str], Array, Array], Mapping[str, Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Subject:
       reaching: layers in which the rows of patches can change the logits. In the last layer of a
         class-token model they cannot: windows there cost nothing, so their area does not count.
       class_token: whether token 0 is a class token.
+      measure_kept: `(params, images, indicators, keep, classes) -> name to [L, B, T + K, T + K]` on
+        the patches `keep` alone, gradients being of the logits of `classes` `[B]`; None as `drop`.
     """
 
     layout: TokenLayout
@@ -38,6 +41,7 @@ class Subject:
     drop: Callable[[Any, Array, Array], Array] | None = None
     reaching: tuple[int, ...] = ()
     class_token: bool = False
+    measure_kept: MeasureKept | None = None
 
     def __post_init__(self) -> None:
         if not self.reaching:
@@ -63,19 +67,16 @@ class Subject:
             return measure(model, params, images, tuple(names))
 
         def drop(params: Any, images: Array, keep: Array) -> Array:
-            return model.apply({"params": params}, images, keep, method=_apply_kept)  # type: ignore[return-value]
+            logits: Any = model.apply({"params": params}, images, keep=keep)
+            return logits
+
+        def measure_kept(
+            params: Any, images: Array, names: Sequence[str], keep: Array, classes: Array
+        ) -> Mapping[str, Array]:
+            return measure(model, params, images, tuple(names), score=classes, keep=keep)
 
         last = config.depth - 1 if config.pool == "cls" and config.depth > 1 else config.depth
         return cls(
             config.layout, config.depth, apply, measured, drop, tuple(range(last)),
-            config.cls_token,
+            config.cls_token, measure_kept,
         )  # fmt: skip
-
-
-def _apply_kept(model: ViT, images: Array, keep: Int[Array, "B K"]) -> Array:
-    """Deletes patches after position embedding and runs the model on what is left."""
-    tokens = model.embed(images)
-    prefix = model.config.prefix
-    kept = jnp.take_along_axis(tokens[:, prefix:], keep[..., None], axis=1)
-    tokens = jnp.concatenate([tokens[:, :prefix], kept], axis=1)
-    return model.classify(model.run_blocks(tokens))

@@ -14,15 +14,17 @@ from vit_interact.viz.style import indicator_style, styled
 
 Row = dict[str, Any]
 
-# Dashes tell controls from indicators, so that their colours may be few.
-_CONTROLS: dict[str, tuple[str, str, Any]] = {
-    "centred": ("centred box", "#4D4D4D", (0, (4, 2))),
-    "random": ("random place", "#4D4D4D", (0, (1, 1.5))),
-    "lowest": ("least impact", "#A65628", (0, (4, 2))),
-    "grid": ("fixed grid", "#A65628", (0, (1, 1.5))),
-    "class_attention": ("class token, all layers", "#4D4D4D", (0, (4, 2))),
-    "class_attention_last": ("class token, last layer", "#A65628", (0, (4, 2))),
-    "random0": ("random order, 1 of 3", "#4D4D4D", (0, (1, 1.5))),
+# Label, colour, dashes, and the orders of removal that it is the control of. Dashes tell controls
+# from indicators, so that their colours may be few.
+_CONTROLS: dict[str, tuple[str, str, Any, tuple[str, ...]]] = {
+    "centred": ("centred box", "#4D4D4D", (0, (4, 2)), ()),
+    "random": ("random place", "#4D4D4D", (0, (1, 1.5)), ()),
+    "lowest": ("least impact", "#A65628", (0, (4, 2)), ()),
+    "grid": ("fixed grid", "#A65628", (0, (1, 1.5)), ()),
+    "class_attention": ("class token, all layers", "#4D4D4D", (0, (4, 2)), ("lowest",)),
+    "class_attention_last": ("class token, last layer", "#A65628", (0, (4, 2)), ("lowest",)),
+    "class_attention_staged": ("class token, all layers", "#4D4D4D", (0, (4, 2)), ("staged",)),
+    "random0": ("random order, 1 of 3", "#4D4D4D", (0, (1, 1.5)), ("lowest", "staged")),
 }
 
 
@@ -90,7 +92,7 @@ def _compare(axis: Axes, rows: list[Row], names: list[str]) -> None:
     style = indicator_style(best)
     _curve(axis, _pick(rows, best, "layers", "indicator"), "area", style.label, style.color)
     for kind in dict.fromkeys(row["kind"] for row in rows if row["kind"] in _CONTROLS):
-        label, color, dashes = _CONTROLS[kind]
+        label, color, dashes, _ = _CONTROLS[kind]
         _curve(axis, _pick(rows, best, "layers", kind), "area", label, color, dashes)
     axis.set_title("against boxes of the same area")
 
@@ -103,26 +105,34 @@ def draw_removal_curves(report: dict[str, Any]) -> Figure:
       report: the content of `verify.json`.
     """
     rows = report["removal"]
-    hows = list(dict.fromkeys(row["intervention"] for row in rows))
     titles = {"drop": "tokens deleted", "mask": "keys hidden", "zero": "pixels grey"}
-    figure = Figure(figsize=(1.2 + 3.8 * max(2, len(hows)), 4.6), layout="constrained")
-    axes = figure.subplots(1, len(hows), sharey=True, squeeze=False)[0]
-    for axis, how in zip(axes, hows, strict=True):
+    staged = any(row["order"].endswith("staged") for row in rows)
+    once = any(row["order"].endswith("/lowest") for row in rows)
+    panels = [
+        (how, kind)
+        for how in dict.fromkeys(row["intervention"] for row in rows)
+        for kind, there in (("lowest", once or not staged), ("staged", staged))
+        if there
+    ]
+    figure = Figure(figsize=(1.2 + 3.8 * max(2, len(panels)), 4.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (how, kind) in zip(axes, panels, strict=True):
         own = [row for row in rows if row["intervention"] == how]
         for order in dict.fromkeys(row["order"] for row in own):
             curve = [row for row in own if row["order"] == order]
-            name, _, kind = order.partition("/")
-            if kind == "lowest":
+            name, _, of = order.partition("/")
+            if of == kind:
                 style = indicator_style(name)
                 _curve(axis, curve, "removed", style.label, style.color)
-            elif not kind and name in _CONTROLS:
-                label, color, dashes = _CONTROLS[name]
+            elif not of and name in _CONTROLS and kind in _CONTROLS[name][3]:
+                label, color, dashes, _ = _CONTROLS[name]
                 _curve(axis, curve, "removed", label, color, dashes)
-        axis.set_title(titles[how])
+        again = ", measured again on what is left" if kind == "staged" else ""
+        axis.set_title(titles[how] + again)
         _finish(axis, report, "share of patches removed")
+        axis.legend(loc="lower left")
     _explain(figure, report)
     axes[0].set_ylabel("top-1 (share of images)")
-    axes[0].legend(loc="lower left")
     return figure
 
 
