@@ -1,4 +1,4 @@
-"""The command line: `analyze`, `demo`, `verify`, `models`, `convert`. Thin; imports lazily."""
+"""The command line, a module for each group of commands. Thin; imports lazily."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from vit_interact.cli import analyze, models, verify
+from vit_interact.cli import analyze, models, statistics, verify
 from vit_interact.cli.shell import app
 
-__all__ = ["analyze", "app", "main", "models", "verify"]
+__all__ = ["analyze", "app", "main", "models", "statistics", "verify"]
 
 
 def main() -> None:

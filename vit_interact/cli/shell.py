@@ -87,3 +87,34 @@ def load(model: str, **settings: Any) -> Checkpoint:
     for note in checkpoint.notes:
         print(f"  {note}")
     return checkpoint
+
+
+def names_of(text: str | None) -> tuple[str, ...]:
+    """Indicators from an option such as `attention,edge`; all for None."""
+    from vit_interact.interactions.indicators import INDICATORS, check_name
+
+    names = tuple(INDICATORS) if text is None else tuple(dict.fromkeys(text.split(",")))
+    for name in names:
+        check_name(name)
+    return names
+
+
+def among(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """Names from an option, all of them known."""
+    names = tuple(dict.fromkeys(text.split(",")))
+    wrong = [name for name in names if name not in known]
+    if wrong:
+        raise ValueError(f"{option} '{wrong[0]}': expected some of {','.join(known)}")
+    return names
+
+
+def numbers_of(option: str, text: str, below: bool = False) -> tuple[float, ...]:
+    """Shares in (0, 1] from an option, sorted; `below` leaves out 1."""
+    try:
+        values = tuple(sorted({float(part) for part in text.split(",")}))
+    except ValueError:
+        raise ValueError(f"{option} {text!r}: expected numbers such as 0.5,0.9") from None
+    for value in values:
+        if not 0 < value <= 1 or (below and value == 1):
+            raise ValueError(f"{option} {value}: expected shares in (0, 1{')' if below else ']'}")
+    return values

@@ -7,7 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from vit_interact.cli.shell import DEFAULT_MODEL, app, load, one_line_errors, progress
+from vit_interact.cli.shell import (
+    DEFAULT_MODEL,
+    among,
+    app,
+    load,
+    names_of,
+    numbers_of,
+    one_line_errors,
+    progress,
+)
 
 
 @app.command(
@@ -67,14 +76,14 @@ def verify(
         from vit_interact.verify.windows import CONTROLS, VARIANTS
 
         plan = Plan(
-            _names(indicators),
-            _among("--tests", tests, TESTS),
-            _numbers("--coverages", coverages),
-            _among("--variants", variants, VARIANTS),
-            () if controls == "none" else _among("--controls", controls, CONTROLS),
-            _among("--orders", orders, ORDERS),
-            _numbers("--shares", shares, below=True),
-            _among("--interventions", interventions, INTERVENTIONS),
+            names_of(indicators),
+            among("--tests", tests, TESTS),
+            numbers_of("--coverages", coverages),
+            among("--variants", variants, VARIANTS),
+            () if controls == "none" else among("--controls", controls, CONTROLS),
+            among("--orders", orders, ORDERS),
+            numbers_of("--shares", shares, below=True),
+            among("--interventions", interventions, INTERVENTIONS),
             seed,
             batch_size,
         )
@@ -93,34 +102,6 @@ def verify(
         with progress("verifying", round(work.passes * batches)) as advance:
             report = work.run(lambda passes: advance(passes))
     _report(report, out)
-
-
-def _names(text: str | None) -> tuple[str, ...]:
-    from vit_interact.interactions.indicators import INDICATORS, check_name
-
-    names = tuple(INDICATORS) if text is None else tuple(dict.fromkeys(text.split(",")))
-    for name in names:
-        check_name(name)
-    return names
-
-
-def _among(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(text.split(",")))
-    wrong = [name for name in names if name not in known]
-    if wrong:
-        raise ValueError(f"{option} '{wrong[0]}': expected some of {','.join(known)}")
-    return names
-
-
-def _numbers(option: str, text: str, below: bool = False) -> tuple[float, ...]:
-    try:
-        values = tuple(sorted({float(part) for part in text.split(",")}))
-    except ValueError:
-        raise ValueError(f"{option} {text!r}: expected numbers such as 0.5,0.9") from None
-    for value in values:
-        if not 0 < value <= 1 or (below and value == 1):
-            raise ValueError(f"{option} {value}: expected shares in (0, 1{')' if below else ']'}")
-    return values
 
 
 def _duration(seconds: float) -> str:

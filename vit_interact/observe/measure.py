@@ -102,8 +102,8 @@ def _measure(
     below = tuple(range(max(layers) + 1)) if "rollout" in names else layers
     taps = Taps(
         layers=below,
-        reduce=functools.partial(_reduce, forward) if forward else None,
-        reduce_grad=functools.partial(_reduce_grad, backward) if backward else None,
+        reduce=functools.partial(reduce_forward, forward) if forward else None,
+        reduce_grad=functools.partial(reduce_backward, backward) if backward else None,
     )
 
     def sinks(attended: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -127,7 +127,7 @@ def _source(name: str, probed: Probed) -> list[dict[str, Array]]:
     return probed.backward if "output_grad" in NEEDS[name] else probed.forward
 
 
-def _reduce(names: tuple[str, ...], attended: Attended) -> dict[str, Array]:
+def reduce_forward(names: tuple[str, ...], attended: Attended) -> dict[str, Array]:
     """Forward indicators of one layer; `rollout` contributes the layer's mean attention."""
     return {
         name: _evaluate("attention" if name == "rollout" else name, attended, None)
@@ -135,7 +135,8 @@ def _reduce(names: tuple[str, ...], attended: Attended) -> dict[str, Array]:
     }
 
 
-def _reduce_grad(names: tuple[str, ...], attended: Attended, g: Array) -> dict[str, Array]:
+def reduce_backward(names: tuple[str, ...], attended: Attended, g: Array) -> dict[str, Array]:
+    """Indicators of one layer that need the gradient of its output."""
     return {name: _evaluate(name, attended, g) for name in names}
 
 
