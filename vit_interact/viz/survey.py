@@ -124,7 +124,7 @@ def draw_distance(dataset: Any) -> Figure:
 def draw_windows(dataset: Any) -> Figure:
     """Area and sides of windows against depth, for every coverage and indicator."""
     design = json.loads(dataset.attrs["design"])
-    figure = Figure(figsize=(12.5, 4.6), layout="constrained")
+    figure = Figure(figsize=(14, 4.6), layout="constrained")
     axes = figure.subplots(1, 2)
     dashes = ["-", (0, (4, 2)), (0, (1, 1.5)), (0, (4, 2, 1, 2))]
     for name in design["indicators"]:
@@ -136,15 +136,13 @@ def draw_windows(dataset: Any) -> Figure:
             _line(axes[0], dataset, key, label, style.color, line, coverage=place)
             for side, width in (("height", 1.0), ("width", 2.2)):
                 values = dataset[f"{name}_window_{side}_mean"].values[place]
-                axes[1].plot(
-                    values, color=style.color, linestyle=line, linewidth=width,
-                    label=f"{label}, {side}",
-                )  # fmt: skip
+                axes[1].plot(values, color=style.color, linestyle=line, linewidth=width)
     for axis, label in ((axes[0], "window area (share of the grid)"), (axes[1], "side (patches)")):
         _depth_axis(axis, dataset)
         axis.set_ylim(bottom=0)
         axis.set_ylabel(label)
-        axis.legend(loc="best")
+    axes[1].set_title("height (thin) and width (thick)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     figure.suptitle(f"Adaptive windows by depth, {_images(dataset)}; band: one deviation")
     return figure
 
