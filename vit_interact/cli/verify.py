@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,8 +84,11 @@ def verify(
         config = checkpoint.model.config
         if not config.has_classes:
             raise ValueError(f"{model} has no classes: verification needs a classifier")
-        examples = open_examples(data, checkpoint.class_names, config.num_classes, skip, limit)
-        work = Verification(checkpoint, examples, plan, out, skip)
+        examples, left_out = open_examples(
+            data, checkpoint.class_names, config.num_classes, skip, limit
+        )
+        work = Verification(checkpoint, examples, plan, out, skip, left_out)
+        _warn(left_out)
         one, left = work.estimate()
         print(
             f"{len(examples)} images, {work.passes:.0f} forward passes each, {one:.3f} s a pass: "
@@ -93,6 +98,16 @@ def verify(
         with progress("verifying", round(work.passes * batches)) as advance:
             report = work.run(lambda passes: advance(passes))
     _report(report, out)
+
+
+def _warn(left_out: Sequence[ValueError], shown: int = 20) -> None:
+    from vit_interact.data.naming import visible
+
+    for error in left_out[:shown]:
+        print(f"warning: left out {visible(str(error))}", file=sys.stderr)
+    if len(left_out) > shown:
+        rest = len(left_out) - shown
+        print(f"warning: left out {rest} more; verify.json will name them", file=sys.stderr)
 
 
 def _names(text: str | None) -> tuple[str, ...]:
