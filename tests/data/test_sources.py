@@ -43,7 +43,7 @@ def test_bad_data(tmp_path):
     (root / "empty").mkdir()
     with pytest.raises(ValueError, match="empty is an empty class"):
         open_examples(root, ("cat", "dog"), 2)
-    with pytest.raises(ValueError, match="expected 'embedded' or a folder"):
+    with pytest.raises(ValueError, match="expected 'embedded', tfds:NAME or a folder"):
         open_examples(tmp_path / "missing", None, 3)
 
 

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 import vit_interact as vi
 from tests.data.photographs import photographs
+from tests.data.prepared import pets
 from tests.models.helpers import tiny
 from vit_interact import interactions as vx
 from vit_interact.cli import app
@@ -223,6 +224,16 @@ def test_unreadable_images_are_named_and_left_out(tmp_path, weights):
     assert left_out["image"] == str(broken) and "cut short" in left_out["reason"]
 
 
+def test_command_with_tfds(tmp_path, weights, monkeypatch):
+    pets(tmp_path, broken=[3])
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    out = tmp_path / "out"
+    result = call("--model", weights, "--data", "tfds:pets", "--out", out, *QUICK)
+    assert result.exit_code == 0, result.output
+    report = json.loads((out / "verify.json").read_text())
+    assert report["base"]["images"] == 5 and len(report["left_out"]) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -230,7 +241,7 @@ def test_unreadable_images_are_named_and_left_out(tmp_path, weights):
         (("--coverages", "1.2"), "expected shares in (0, 1]"),
         (("--tests", "windows,luck"), "--tests 'luck'"),
         (("--limit", "7"), "has 6 images; cannot skip 0 and take 7"),
-        (("--data", "nowhere"), "nowhere: expected 'embedded' or a folder"),
+        (("--data", "nowhere"), "nowhere: expected 'embedded', tfds:NAME or a folder"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, weights, options, message):

@@ -20,7 +20,7 @@ from vit_interact.cli.shell import DEFAULT_MODEL, app, load, one_line_errors, pr
 def verify(
     model: Annotated[str, typer.Option(help="Anything that analyze takes.")] = DEFAULT_MODEL,
     data: Annotated[
-        str, typer.Option(help="A folder of class folders, or 'embedded'.")
+        str, typer.Option(help="A folder of class folders, tfds:NAME[:SPLIT], or 'embedded'.")
     ] = "embedded",
     indicators: Annotated[
         str | None, typer.Option(help="Names such as attention,edge; all seven if unset.")

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from vit_interact.data.images import ImageError, find_images, read_image
+from vit_interact.data.images import ImageError, decode_image, find_images, read_image
 from vit_interact.data.preprocess import Preprocess
+from vit_interact.data.records import PREFIX, Records
 from vit_interact.data.samples import sample_images
 
 EMBEDDED = "embedded"
@@ -28,7 +29,7 @@ class Example(NamedTuple):
     """One labelled image that could be read when it was opened.
 
     Attributes:
-      name: class folder and file name; decides the order.
+      name: class folder and file name, or data set, split and index; decides the order.
       label: class number of the model.
       size: of the encoded image in bytes; with another one it is another image.
       read: decodes it.
@@ -72,8 +73,9 @@ def open_examples(
     long computation should not stop in the middle for it.
 
     Args:
-      data: `embedded`, or a folder of class folders.
-      class_names: of the model's outputs; when unknown, sorted folders are classes 0, 1, ...
+      data: `embedded`, a folder of class folders, or `tfds:NAME[/CONFIG][:VERSION][:SPLIT]`.
+      class_names: of the model's outputs; when unknown, sorted folders are classes 0, 1, ..., and a
+        TFDS data set has its own numbers.
       outputs: how many classes the model has.
       skip: images to leave out from the front.
       limit: images to take after that, unreadable ones included; None takes all.
@@ -87,7 +89,10 @@ def open_examples(
     """
     if skip < 0 or (limit is not None and limit < 1):
         raise ValueError(f"skip={skip}, limit={limit}: expected skip >= 0 and limit >= 1")
-    entries = _file_entries(data, class_names, outputs)
+    if str(data).startswith(PREFIX):
+        entries = _record_entries(str(data), class_names, outputs)
+    else:
+        entries = _file_entries(data, class_names, outputs)
     # Files of one name in folders below a class stay in the order of their paths.
     entries.sort(key=lambda entry: hashlib.sha256(os.fsencode(entry[0])).digest())
     wanted = len(entries) - skip if limit is None else limit
@@ -139,9 +144,27 @@ def _file_entries(
     ]
 
 
+def _record_entries(data: str, class_names: Sequence[str] | None, outputs: int) -> list[_Entry]:
+    records = Records(data)
+    numbers = _class_numbers(records.class_names, class_names, outputs, data)
+
+    def load(name: str, index: int) -> Example:
+        content, label = records[index]
+        decode_image(name, content)
+        read = lambda: decode_image(name, records[index][0])  # noqa: E731
+        return Example(name, numbers[label], len(content), read)
+
+    return [
+        (f"{records.name}/{index}", functools.partial(load, index=index))
+        for index in range(len(records))
+    ]
+
+
 def _class_folders(root: Path) -> list[tuple[str, Path]]:
     if not root.is_dir():
-        raise ValueError(f"{root}: expected '{EMBEDDED}' or a folder with a folder for each class")
+        raise ValueError(
+            f"{root}: expected '{EMBEDDED}', {PREFIX}NAME or a folder with a folder for each class"
+        )
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not folders:
         raise ValueError(f"{root} has no class folders; expected {root}/CLASS/IMAGE.jpg")
