@@ -21,6 +21,9 @@ EXTRAS = {
         "tensorflow",
         "tensorflow-datasets",
     ],
+    # Reads data sets that are prepared as ArrayRecord, without TensorFlow. TFDS 4.9.10 needs
+    # importlib_resources to prepare one and does not say so.
+    "tfds": ["array_record", "importlib_resources", "tensorflow-datasets"],
     "hub": ["huggingface_hub"],
     "notebook": ["anywidget", "jupyterlab"],
     "cuda": ["jax[cuda12]"],

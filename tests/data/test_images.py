@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_interact.data.images import ImageError, find_images, read_image
+from vit_interact.data.images import ImageError, decode_image, find_images, read_image
 
 RAMP = np.linspace(0, 255, 6 * 4).reshape(4, 6).astype(np.uint8)
 COLOUR = np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1]], axis=-1)
@@ -55,6 +55,9 @@ def test_transparency_is_laid_on_white(tmp_path, mode):
 
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    every = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    found = pixels(saved(tmp_path, Image.fromarray(every), "every.png"))[..., 0]
+    np.testing.assert_array_equal(found, np.rint(every / 65535 * 255))
     wide = RAMP.astype(np.uint16) * 257
     np.testing.assert_array_equal(pixels(saved(tmp_path, Image.fromarray(wide)))[..., 0], RAMP)
     path = saved(tmp_path, Image.fromarray(wide.astype(np.int32)), "x.tif")
@@ -122,6 +125,17 @@ def test_bad_files_are_named_with_the_reason(tmp_path):
             read_image(path)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
         assert str(path) not in caught.value.reason
+
+
+def test_bytes_are_read_as_files_are(tmp_path):
+    path = saved(tmp_path, Image.fromarray(COLOUR))
+    content = path.read_bytes()
+    np.testing.assert_array_equal(np.asarray(decode_image("one", content)), COLOUR)
+    for damaged, reason in ((content[:60], "damaged or cut short"), (b"", "not an image")):
+        with pytest.raises(ImageError, match=f"^data/one: is {reason}"):
+            decode_image("data/one", damaged)
+    with pytest.raises(ImageError, match=r"^one: .* resize it first$"):
+        decode_image("one", bomb(tmp_path).read_bytes())
 
 
 def test_limit_is_checked_before_decoding(tmp_path):

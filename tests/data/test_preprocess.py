@@ -56,6 +56,15 @@ def test_tiny_and_elongated_images(size):
         )
 
 
+def test_strips_take_no_more_memory_than_their_crop():
+    """Resized whole, this one would have 12 gigapixels."""
+    strip = Image.fromarray(np.random.default_rng(0).integers(0, 255, (500_000, 2, 3), np.uint8))
+    preprocess = Preprocess(size=(224, 224))
+    centre = strip.crop((0, 249_990, 2, 250_010))
+    difference = preprocess.picture(strip).astype(int) - preprocess.picture(centre)
+    assert np.abs(difference).max() <= 2  # half of a resized pixel apart, of 112 a pixel
+
+
 def test_normalize_in_numpy_and_jax():
     preprocess = Preprocess(mean=(0.5, 0.4, 0.3), std=(0.5, 0.25, 0.2))
     pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3), np.uint8)

@@ -17,7 +17,6 @@ from tests.data.photographs import photographs
 from tests.models.helpers import tiny
 from vit_interact import interactions as vx
 from vit_interact.cli import app
-from vit_interact.data.images import read_image
 from vit_interact.data.preprocess import Preprocess
 from vit_interact.data.sources import open_examples
 from vit_interact.models.weights import load_checkpoint
@@ -43,7 +42,7 @@ def checkpoint(weights):
 
 @pytest.fixture
 def examples(tmp_path):
-    return open_examples(photographs(tmp_path / "data", each=5), ("cat", "dog"), 2)
+    return open_examples(photographs(tmp_path / "data", each=5), ("cat", "dog"), 2)[0]
 
 
 def survey(checkpoint, examples, out, **options):
@@ -88,7 +87,7 @@ def test_statistics_are_those_of_the_arrays(tmp_path, checkpoint, examples):
     """All images at once in NumPy, from `vi.measure` and raw attention weights."""
     statistics = load_survey_of(survey(checkpoint, examples, tmp_path / "s.zarr"))
     model, params, layout = checkpoint.model, checkpoint.params, checkpoint.model.config.layout
-    pictures = np.stack([PREPROCESS.picture(read_image(one.path)) for one in examples])
+    pictures = np.stack([PREPROCESS.picture(one.read()) for one in examples])
     images = PREPROCESS.normalize(jnp.asarray(pictures))
     position = layout.positions().astype(float)
     far = np.linalg.norm(position[:, None] - position[None], axis=-1)

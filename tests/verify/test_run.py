@@ -9,10 +9,10 @@ from typer.testing import CliRunner
 
 import vit_interact as vi
 from tests.data.photographs import photographs
+from tests.data.prepared import pets
 from tests.models.helpers import tiny
 from vit_interact import interactions as vx
 from vit_interact.cli import app
-from vit_interact.data.images import read_image
 from vit_interact.data.preprocess import Preprocess
 from vit_interact.data.sources import open_examples
 from vit_interact.verify.parts import Parts
@@ -32,7 +32,7 @@ def programs():
 
 @pytest.fixture
 def examples(tmp_path):
-    return open_examples(photographs(tmp_path / "data", each=3), ("cat", "dog"), 2)
+    return open_examples(photographs(tmp_path / "data", each=3), ("cat", "dog"), 2)[0]
 
 
 def arrays(parts):
@@ -109,7 +109,7 @@ def test_windows_of_the_data_are_those_of_the_mean_view(tmp_path, programs, exam
     parts = Parts(tmp_path / "out", {}, ["a", "b"])
     run_parts(programs, parts, examples, PREPROCESS)
     model, params, _ = tiny(num_classes=2)
-    pictures = np.stack([PREPROCESS.picture(read_image(one.path)) for one in examples])
+    pictures = np.stack([PREPROCESS.picture(one.read()) for one in examples])
     images = PREPROCESS.normalize(jax.numpy.asarray(pictures))
     maps = vi.measure(model, params, images, ("attention",))["attention"]
     mean = vx.patch_view(maps, model.config.layout).mean(axis=1)
@@ -207,6 +207,33 @@ def test_faithfulness_command(tmp_path, weights):
     assert (tmp_path / "out" / "faithfulness.png").stat().st_size > 10_000
 
 
+QUICK = ("--indicators", "attention", "--tests", "removal", "--interventions", "mask")
+
+
+def test_unreadable_images_are_named_and_left_out(tmp_path, weights):
+    data = photographs(tmp_path / "data", each=3)
+    broken = data / "dog" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    out = tmp_path / "out"
+    result = call("--model", weights, "--data", data, "--out", out, *QUICK)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.startswith(f"warning: left out {broken}: is damaged or cut short")
+    report = json.loads((out / "verify.json").read_text())
+    assert report["options"]["images"] == report["base"]["images"] == 5
+    (left_out,) = report["left_out"]
+    assert left_out["image"] == str(broken) and "cut short" in left_out["reason"]
+
+
+def test_command_with_tfds(tmp_path, weights, monkeypatch):
+    pets(tmp_path, broken=[3])
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    out = tmp_path / "out"
+    result = call("--model", weights, "--data", "tfds:pets", "--out", out, *QUICK)
+    assert result.exit_code == 0, result.output
+    report = json.loads((out / "verify.json").read_text())
+    assert report["base"]["images"] == 5 and len(report["left_out"]) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -214,7 +241,7 @@ def test_faithfulness_command(tmp_path, weights):
         (("--coverages", "1.2"), "expected shares in (0, 1]"),
         (("--tests", "windows,luck"), "--tests 'luck'"),
         (("--limit", "7"), "has 6 images; cannot skip 0 and take 7"),
-        (("--data", "nowhere"), "nowhere: expected 'embedded' or a folder"),
+        (("--data", "nowhere"), "nowhere: expected 'embedded', tfds:NAME or a folder"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, weights, options, message):

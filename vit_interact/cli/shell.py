@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
@@ -118,3 +118,14 @@ def numbers_of(option: str, text: str, below: bool = False) -> tuple[float, ...]
         if not 0 < value <= 1 or (below and value == 1):
             raise ValueError(f"{option} {value}: expected shares in (0, 1{')' if below else ']'}")
     return values
+
+
+def warn_left_out(left_out: Sequence[ValueError], shown: int = 20) -> None:
+    """A line on stderr for each image that cannot be read, or for the first of many."""
+    from vit_interact.data.naming import visible
+
+    for error in left_out[:shown]:
+        print(f"warning: left out {visible(str(error))}", file=sys.stderr)
+    if len(left_out) > shown:
+        rest = len(left_out) - shown
+        print(f"warning: left out {rest} more; the results name them", file=sys.stderr)

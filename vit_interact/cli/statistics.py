@@ -15,6 +15,7 @@ from vit_interact.cli.shell import (
     numbers_of,
     one_line_errors,
     progress,
+    warn_left_out,
 )
 
 
@@ -27,7 +28,7 @@ from vit_interact.cli.shell import (
 def statistics(
     model: Annotated[str, typer.Option(help="Anything that analyze takes.")] = DEFAULT_MODEL,
     data: Annotated[
-        str, typer.Option(help="A folder of class folders, or 'embedded'.")
+        str, typer.Option(help="A folder of class folders, tfds:NAME, or 'embedded'.")
     ] = "embedded",
     out: Annotated[Path, typer.Option(help="The store to write.")] = Path("stats.zarr"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what --out holds.")] = False,
@@ -63,11 +64,12 @@ def statistics(
         shares = () if coverages == "none" else numbers_of("--coverages", coverages)
         checkpoint = load(model, image_size=image_size, arch=arch)
         names, outputs = checkpoint.class_names, checkpoint.model.config.num_classes
-        examples = open_examples(data, names, outputs, skip, limit)
+        examples, left_out = open_examples(data, names, outputs, skip, limit)
+        warn_left_out(left_out)
         design = Design.of(checkpoint.model, indicators=chosen, coverages=shares)
         survey = Survey(
-            checkpoint, examples, design, out, data, skip, batch_size, resume
-        )  # fmt: skip
+            checkpoint, examples, design, out, data, skip, batch_size, resume, left_out=left_out
+        )
         with progress("surveying", len(examples)) as advance:
             dataset = survey.run(advance)
         _figures(dataset, out)

@@ -16,6 +16,7 @@ from vit_interact.cli.shell import (
     numbers_of,
     one_line_errors,
     progress,
+    warn_left_out,
 )
 
 
@@ -27,7 +28,7 @@ from vit_interact.cli.shell import (
 def verify(
     model: Annotated[str, typer.Option(help="Anything that analyze takes.")] = DEFAULT_MODEL,
     data: Annotated[
-        str, typer.Option(help="A folder of class folders, or 'embedded'.")
+        str, typer.Option(help="A folder of class folders, tfds:NAME[:SPLIT], or 'embedded'.")
     ] = "embedded",
     indicators: Annotated[
         str | None, typer.Option(help="Names such as attention,edge; all seven if unset.")
@@ -91,8 +92,11 @@ def verify(
         config = checkpoint.model.config
         if not config.has_classes:
             raise ValueError(f"{model} has no classes: verification needs a classifier")
-        examples = open_examples(data, checkpoint.class_names, config.num_classes, skip, limit)
-        work = Verification(checkpoint, examples, plan, out, skip)
+        examples, left_out = open_examples(
+            data, checkpoint.class_names, config.num_classes, skip, limit
+        )
+        work = Verification(checkpoint, examples, plan, out, skip, left_out)
+        warn_left_out(left_out)
         one, left = work.estimate()
         print(
             f"{len(examples)} images, {work.passes:.0f} forward passes each, {one:.3f} s a pass: "

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
+import io
 import os
 import stat
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +42,7 @@ class ImageError(ValueError):
     """An image that cannot be used; says which file, what is wrong and what was expected.
 
     Attributes:
-      path: the file.
+      path: the file, or the name of what is not a file of its own.
       reason: what is wrong with it, without the file's name.
     """
 
@@ -99,7 +101,7 @@ def _inside(folder: Path) -> list[Path]:
 
 
 def read_image(path: Path | str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decodes one image to 8-bit RGB, upright.
+    """Decodes one image file to 8-bit RGB, upright.
 
     EXIF rotation is applied; transparency is laid on white; the first frame of animations is taken;
     16-bit and float images are scaled, not clipped; CMYK is converted, inverted Adobe JPEGs too.
@@ -112,40 +114,68 @@ def read_image(path: Path | str, max_pixels: int = MAX_PIXELS) -> Image.Image:
       ImageError: for what cannot be read; its text is one line.
     """
     path = Path(path)
-    try:
+    with _image_errors(path):
         if path.is_dir():
             raise ImageError(path, "is a folder; expected an image file")
         if not stat.S_ISREG(path.stat().st_mode):
             raise ImageError(path, "is no regular file; expected an image file")
         if path.stat().st_size == 0:
             raise ImageError(path, "is empty; expected an image file")
-        with warnings.catch_warnings():
-            # Pillow warns at half of the limit below, and of damaged EXIF data that nobody needs.
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                pixels = image.width * image.height
-                if pixels > max_pixels:
-                    raise ImageError(
-                        path,
-                        f"has {image.width}x{image.height} = {pixels / 1e6:.0f} megapixels; the "
-                        f"limit is {max_pixels / 1e6:.0f}: resize it first",
-                    )
-                image.load()
-                # The transpose must see the EXIF data, which conversions drop.
-                return _to_rgb(ImageOps.exif_transpose(image))
+        return _decode(path, path, max_pixels)
+
+
+def decode_image(name: str, content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decodes one image that is not a file of its own, as `read_image` does.
+
+    Args:
+      name: what errors call it.
+      content: the encoded image.
+      max_pixels: refuse larger images before decoding them.
+
+    Raises:
+      ImageError: for what cannot be read; its text is one line.
+    """
+    with _image_errors(name):
+        return _decode(name, io.BytesIO(content), max_pixels)
+
+
+def _decode(name: Path | str, file: Path | io.BytesIO, max_pixels: int) -> Image.Image:
+    with warnings.catch_warnings():
+        # Pillow warns at half of the limit below, and of damaged EXIF data that nobody needs.
+        warnings.simplefilter("ignore")
+        with Image.open(file) as image:
+            pixels = image.width * image.height
+            if pixels > max_pixels:
+                raise ImageError(
+                    name,
+                    f"has {image.width}x{image.height} = {pixels / 1e6:.0f} megapixels; the "
+                    f"limit is {max_pixels / 1e6:.0f}: resize it first",
+                )
+            image.load()
+            # The transpose must see the EXIF data, which conversions drop.
+            return _to_rgb(ImageOps.exif_transpose(image))
+
+
+@contextlib.contextmanager
+def _image_errors(name: Path | str) -> Iterator[None]:
+    """All that reading an image raises, as `ImageError` with a reason for people."""
+    try:
+        yield
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
-        raise ImageError(path, f"is too large to decode safely ({_line(error)})") from error
+        raise ImageError(
+            name, f"is too large to decode safely ({_line(error)}): resize it first"
+        ) from error
     except UnidentifiedImageError as error:
-        raise ImageError(path, "is not an image that Pillow can read") from error
+        raise ImageError(name, "is not an image that Pillow can read") from error
     except FileNotFoundError as error:
-        raise ImageError(path, "does not exist") from error
+        raise ImageError(name, "does not exist") from error
     except PermissionError as error:
-        raise ImageError(path, "may not be read (permission denied)") from error
+        raise ImageError(name, "may not be read (permission denied)") from error
     except (OSError, SyntaxError, ValueError, EOFError, MemoryError, IndexError) as error:
         # Pillow's decoders raise all of these for damaged files.
-        raise ImageError(path, f"is damaged or cut short ({_line(error)})") from error
+        raise ImageError(name, f"is damaged or cut short ({_line(error)})") from error
 
 
 def _line(error: BaseException) -> str:
@@ -155,7 +185,12 @@ def _line(error: BaseException) -> str:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+    if image.mode.startswith("I;16"):
+        # Rounds v / 257 in whole numbers: float64 would take 6 GB for the largest images.
+        return Image.fromarray(
+            ((np.asarray(image, np.uint32) + 128) // 257).astype(np.uint8)
+        ).convert("RGB")
+    if image.mode in ("I", "F"):
         return _scaled(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -165,7 +200,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scaled(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and float greyscale: Pillow's own conversion would clip at 255."""
+    """32-bit and float greyscale: Pillow's own conversion would clip at 255."""
     values = np.asarray(image, np.float64)
     # Infinite and missing values say nothing about the range of the others.
     finite = values[np.isfinite(values)]

@@ -66,6 +66,16 @@ class Preprocess:
         resample = INTERPOLATIONS[self.interpolation]
         box = None
         if self.crop == "resize_then_center":
+            # Resized whole, a long strip would take gigabytes for ends that the crop drops.
+            longest = (
+                64 * max(1, round(image.height * width / height)),
+                64 * max(1, round(image.width * height / width)),
+            )
+            left, top = (
+                max(0, side - most) // 2 for side, most in zip(image.size, longest, strict=True)
+            )
+            if left or top:
+                image = image.crop((left, top, image.width - left, image.height - top))
             scale = max(height / image.height, width / image.width) / self.crop_pct
             resized = (
                 max(width, round(image.width * scale)),

@@ -5,33 +5,40 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
-from vit_interact.data.images import find_images, read_image
+from vit_interact.data.images import ImageError, decode_image, find_images, read_image
 from vit_interact.data.preprocess import Preprocess
+from vit_interact.data.records import PREFIX, Records
 from vit_interact.data.samples import sample_images
 
 EMBEDDED = "embedded"
+# Pillow decodes outside of the interpreter's lock.
+WORKERS = min(4, os.cpu_count() or 1)
 
 
 class Example(NamedTuple):
-    """One labelled image.
+    """One labelled image that could be read when it was opened.
 
     Attributes:
-      name: class folder and file name.
-      path: the file.
+      name: class folder and file name, or data set, split and index; decides the order.
       label: class number of the model.
+      size: of the encoded image in bytes; with another one it is another image.
+      read: decodes it.
     """
 
     name: str
-    path: Path
     label: int
+    size: int
+    read: Callable[[], Image.Image]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,42 +64,107 @@ def open_examples(
     outputs: int,
     skip: int = 0,
     limit: int | None = None,
-) -> list[Example]:
-    """Finds labelled images, ordered by a hash of their names.
+) -> tuple[list[Example], list[ImageError]]:
+    """Finds labelled images, ordered by a hash of their names, and decodes each one once.
 
     The hash makes any stretch of the order a fair sample, whatever seed is used later: `limit=893`
-    to choose on and `skip=893` to report never overlap.
+    to choose on and `skip=893` to report never overlap. An image that cannot be read keeps its
+    place in that order, but is left out: decoding a photograph takes about a millisecond, and a
+    long computation should not stop in the middle for it.
 
     Args:
-      data: `embedded`, or a folder of class folders.
-      class_names: of the model's outputs; when unknown, sorted folders are classes 0, 1, ...
+      data: `embedded`, a folder of class folders, or `tfds:NAME[/CONFIG][:VERSION][:SPLIT]`.
+      class_names: of the model's outputs; when unknown, sorted folders are classes 0, 1, ..., and a
+        TFDS data set has its own numbers.
       outputs: how many classes the model has.
       skip: images to leave out from the front.
-      limit: images to take after that; None takes all.
+      limit: images to take after that, unreadable ones included; None takes all.
+
+    Returns:
+      The examples, and what was left out.
 
     Raises:
-      ValueError: for a missing folder, empty class, class that the model lacks, or too few images.
+      ValueError: for missing data, an empty class, a class that the model lacks, too few images, or
+        when none can be read.
     """
     if skip < 0 or (limit is not None and limit < 1):
         raise ValueError(f"skip={skip}, limit={limit}: expected skip >= 0 and limit >= 1")
+    if str(data).startswith(PREFIX):
+        entries = _record_entries(str(data), class_names, outputs)
+    else:
+        entries = _file_entries(data, class_names, outputs)
+    # Files of one name in folders below a class stay in the order of their paths.
+    entries.sort(key=lambda entry: hashlib.sha256(os.fsencode(entry[0])).digest())
+    wanted = len(entries) - skip if limit is None else limit
+    if wanted < 1 or skip + wanted > len(entries):
+        raise ValueError(
+            f"{data} has {len(entries)} images; cannot skip {skip} and take {max(wanted, 1)}"
+        )
+    examples, left_out = [], []
+    with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
+        for opened in pool.map(_open, entries[skip : skip + wanted]):
+            if isinstance(opened, ImageError):
+                left_out.append(opened)
+            else:
+                examples.append(opened)
+    if not examples:
+        raise ValueError(f"none of {wanted} images can be read; the first is {left_out[0]}")
+    return examples, left_out
+
+
+# The name, and what decodes the image once and returns the example or raises `ImageError`.
+_Entry = tuple[str, Callable[[str], Example]]
+
+
+def _open(entry: _Entry) -> Example | ImageError:
+    name, load = entry
+    try:
+        return load(name)
+    except ImageError as error:
+        return error
+
+
+def _file_entries(
+    data: str | Path, class_names: Sequence[str] | None, outputs: int
+) -> list[_Entry]:
     if str(data) == EMBEDDED:
         found = [(sample.label, sample.path) for sample in sample_images()]
     else:
         found = _class_folders(Path(data))
-    numbers = _class_numbers(sorted({label for label, _ in found}), class_names, outputs, data)
-    examples = [Example(f"{label}/{path.name}", path, numbers[label]) for label, path in found]
-    examples.sort(key=lambda one: (hashlib.sha256(os.fsencode(one.name)).digest(), one.path))
-    wanted = len(examples) - skip if limit is None else limit
-    if wanted < 1 or skip + wanted > len(examples):
-        raise ValueError(
-            f"{data} has {len(examples)} images; cannot skip {skip} and take {max(wanted, 1)}"
-        )
-    return examples[skip : skip + wanted]
+    labels = sorted({label for label, _ in found})
+    numbers = dict(zip(labels, _class_numbers(labels, class_names, outputs, data), strict=True))
+
+    def load(name: str, path: Path, number: int) -> Example:
+        read_image(path)
+        return Example(name, number, path.stat().st_size, functools.partial(read_image, path))
+
+    return [
+        (f"{label}/{path.name}", functools.partial(load, path=path, number=numbers[label]))
+        for label, path in found
+    ]
+
+
+def _record_entries(data: str, class_names: Sequence[str] | None, outputs: int) -> list[_Entry]:
+    records = Records(data)
+    numbers = _class_numbers(records.class_names, class_names, outputs, data)
+
+    def load(name: str, index: int) -> Example:
+        content, label = records[index]
+        decode_image(name, content)
+        read = lambda: decode_image(name, records[index][0])  # noqa: E731
+        return Example(name, numbers[label], len(content), read)
+
+    return [
+        (f"{records.name}/{index}", functools.partial(load, index=index))
+        for index in range(len(records))
+    ]
 
 
 def _class_folders(root: Path) -> list[tuple[str, Path]]:
     if not root.is_dir():
-        raise ValueError(f"{root}: expected '{EMBEDDED}' or a folder with a folder for each class")
+        raise ValueError(
+            f"{root}: expected '{EMBEDDED}', {PREFIX}NAME or a folder with a folder for each class"
+        )
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not folders:
         raise ValueError(f"{root} has no class folders; expected {root}/CLASS/IMAGE.jpg")
@@ -106,20 +178,21 @@ def _class_folders(root: Path) -> list[tuple[str, Path]]:
 
 def _class_numbers(
     labels: Sequence[str], class_names: Sequence[str] | None, outputs: int, data: str | Path
-) -> dict[str, int]:
+) -> list[int]:
+    """The model's class number of each of the data's classes."""
     if class_names is None:
         if len(labels) != outputs:
             raise ValueError(
                 f"{data} has {len(labels)} classes and the model {outputs} outputs without names"
             )
-        return {label: number for number, label in enumerate(labels)}
+        return list(range(outputs))
     unknown = [label for label in labels if label not in class_names]
     if unknown:
         raise ValueError(
             f"{data} has {len(unknown)} classes that the model does not know, such as "
             f"'{unknown[0]}'; the model's begin with {', '.join(class_names[:3])}"
         )
-    return {label: list(class_names).index(label) for label in labels}
+    return [list(class_names).index(label) for label in labels]
 
 
 def read_batches(
@@ -132,7 +205,7 @@ def read_batches(
     """Decodes batches in threads, one batch ahead of who reads them.
 
     Args:
-      examples: from `open_examples`.
+      examples: the first of what `open_examples` returns.
       preprocess: the model's.
       batch_size: images in a batch; the last one is padded.
       first_key: place of the first example in the whole order.
@@ -142,11 +215,10 @@ def read_batches(
       The number of the batch, and the batch.
 
     Raises:
-      ImageError: for a file that cannot be read, naming it.
+      ImageError: for an image that could be read when it was opened and no longer can.
     """
     numbers = range(-(-len(examples) // batch_size)) if only is None else only
-    workers = min(4, os.cpu_count() or 1)
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
         ahead: collections.deque[tuple[int, list[concurrent.futures.Future[np.ndarray]]]]
         ahead = collections.deque()
         queue = iter(numbers)
@@ -177,4 +249,4 @@ def read_batches(
 
 
 def _read(example: Example, preprocess: Preprocess) -> np.ndarray:
-    return preprocess.picture(read_image(example.path))
+    return preprocess.picture(example.read())

@@ -38,6 +38,7 @@ class Survey:
         batch_size: int = 8,
         resume: bool = False,
         devices: Sequence[jax.Device] | None = None,
+        left_out: Sequence[Exception] = (),
     ) -> None:
         """Opens the store; nothing is written before the first images are through.
 
@@ -51,6 +52,7 @@ class Survey:
           batch_size: images at a time, over all devices of all processes.
           resume: go on with what `out` holds.
           devices: to run on, by default all of all processes.
+          left_out: errors of images in this stretch that cannot be read; the store names them.
 
         Raises:
           ValueError: when `out` exists and is not to be resumed, or holds a survey of something
@@ -67,6 +69,7 @@ class Survey:
             "data": data,
             "ranges": [],
             "images": 0,
+            "left_out": [str(error) for error in left_out],
             "model": checkpoint.source,
             "weights_sha256": checkpoint.sha256,
             "preprocess": checkpoint.preprocess.describe(),
@@ -92,7 +95,7 @@ class Survey:
         if len(ranges) != 1 or ranges[0][0] != self.skip or about["data"] != self.about["data"]:
             raise ValueError(f"{self.out} holds images {ranges} of {about['data']}; it goes on "
                              "with the same --data and --skip only")  # fmt: skip
-        done = ranges[0][1] - self.skip
+        done = int(about["images"])
         if done > len(self.examples) or about["names_sha256"] != _digest(self.examples[:done]):
             raise ValueError(f"{self.out} holds {done} images that are not the first ones here")
         self.statistics, self.done = statistics, done
@@ -155,8 +158,10 @@ class Survey:
 
     def _save(self, statistics: Any) -> Any:
         self.statistics = jax.tree.map(np.asarray, jax.device_get(statistics))
+        # Images that were left out have a place in the order of the data, too.
+        gaps = len(self.about["left_out"]) if self.done == len(self.examples) else 0
         self.about |= {
-            "ranges": [[self.skip, self.skip + self.done]],
+            "ranges": [[self.skip, self.skip + self.done + gaps]],
             "images": self.done,
             "names_sha256": _digest(self.examples[: self.done]),
         }

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from vit_interact.data.images import ImageError
 from vit_interact.data.sources import Example
 from vit_interact.models.weights import Checkpoint
 from vit_interact.verify import run
@@ -30,21 +31,23 @@ class Verification:
         plan: run.Plan,
         out: Path,
         skip: int = 0,
+        left_out: Sequence[ImageError] = (),
     ) -> None:
         """Opens the folder; the model is compiled later.
 
         Args:
           checkpoint: from `load_checkpoint`.
-          examples: from `open_examples`.
+          examples: the first of what `open_examples` returns.
           plan: what to verify.
           out: the folder; finished parts in it are kept.
           skip: place of the first example in the whole order.
+          left_out: images that could not be read, for the record.
 
         Raises:
           ValueError: when the folder holds something else, or the model has no classes.
         """
         self.checkpoint, self.examples, self.plan, self.out = checkpoint, examples, plan, out
-        self.skip = skip
+        self.skip, self.left_out = skip, left_out
         self.subject = Subject.of(checkpoint.model)
         self.options = {
             **dataclasses.asdict(plan),
@@ -94,6 +97,7 @@ class Verification:
         report = {
             "options": {**self.options, "skip": self.skip, "images": len(self.examples)},
             "images_sha256": _digest(self.examples),
+            "left_out": [{"image": str(e.path), "reason": e.reason} for e in self.left_out],
             "architecture": self.checkpoint.model.config.to_dict(),
             "versions": {
                 package: importlib.metadata.version(package)
@@ -123,6 +127,6 @@ def _tags(examples: Sequence[Example], batch_size: int, skip: int) -> list[str]:
 
 
 def _digest(examples: Sequence[Example]) -> str:
-    """Hash of names and sizes of image files."""
-    lines = (f"{example.name} {example.path.stat().st_size}\n" for example in examples)
+    """Hash of names and sizes of encoded images."""
+    lines = (f"{example.name} {example.size}\n" for example in examples)
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
