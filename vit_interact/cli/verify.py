@@ -39,6 +39,9 @@ def verify(
     coverages: Annotated[
         str, typer.Option(help="Shares of impact that windows hold, in (0, 1].")
     ] = "0.3,0.4,0.5,0.6,0.7,0.8,0.9,0.95,1.0",
+    power: Annotated[
+        float, typer.Option(help="Rows are raised to it before windows are made: see docs.")
+    ] = 1.0,
     variants: Annotated[
         str, typer.Option(help="Windows of each layer, one for all, or of the data: see docs.")
     ] = "layers,shared,data",
@@ -76,6 +79,8 @@ def verify(
         from vit_interact.verify.session import Verification
         from vit_interact.verify.windows import CONTROLS, VARIANTS
 
+        if not 0 < power <= 4:
+            raise ValueError(f"--power {power}: expected a number above 0, up to 4")
         plan = Plan(
             names_of(indicators),
             among("--tests", tests, TESTS),
@@ -87,6 +92,7 @@ def verify(
             among("--interventions", interventions, INTERVENTIONS),
             seed,
             batch_size,
+            power,
         )
         checkpoint = load(model, image_size=image_size, arch=arch)
         config = checkpoint.model.config

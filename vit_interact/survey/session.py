@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -16,7 +17,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from vit_interact.data.preprocess import Preprocess
 from vit_interact.data.sources import Example, read_batches
+from vit_interact.models.vit import ViT
 from vit_interact.models.weights import Checkpoint
 from vit_interact.survey.quantities import Design, observe, pool
 from vit_interact.survey.store import check_same, load_survey, recover, save, to_dataset
@@ -100,33 +103,6 @@ class Survey:
             raise ValueError(f"{self.out} holds {done} images that are not the first ones here")
         self.statistics, self.done = statistics, done
 
-    def step(self) -> Callable[..., Any]:
-        """The compiled step: (statistics, params, pictures, real) to (statistics, images so far).
-
-        Images are split over devices; each pools its own, and Chan's merge joins them.
-        """
-        normalize, model, design = (
-            self.checkpoint.preprocess.normalize,
-            self.checkpoint.model,
-            self.design,
-        )
-
-        def local(statistics: Any, params: Any, pictures: Array, real: Array) -> Any:
-            found = observe(design, model, params, normalize(pictures))
-            return pool(statistics, found, real, "data")
-
-        split = jax.shard_map(
-            local, mesh=self.mesh, in_specs=(P(), P(), P("data"), P("data")), out_specs=P(),
-            check_vma=False,
-        )  # fmt: skip
-
-        @jax.jit
-        def step(statistics: Any, params: Any, pictures: Array, real: Array) -> Any:
-            after = split(statistics, params, pictures, real)
-            return after, after["attention_distance"].count.max()
-
-        return step
-
     def run(self, advance: Callable[[int], None] = lambda images: None) -> Any:
         """Surveys what is left, saving now and then, and gives the labelled dataset.
 
@@ -136,14 +112,20 @@ class Survey:
         everywhere, split = NamedSharding(self.mesh, P()), NamedSharding(self.mesh, P("data"))
         params = jax.device_put(self.checkpoint.params, everywhere)
         statistics = jax.device_put(self.statistics, everywhere)
-        step, left = self.step(), self.examples[self.done :]
+        fixed = {
+            "design": self.design,
+            "model": self.checkpoint.model,
+            "preprocess": self.checkpoint.preprocess,
+            "mesh": self.mesh,
+        }
+        left = self.examples[self.done :]
         advance(self.done)
         saved, behind = time.monotonic(), None
         own, real = _shares(left, self.batch_size)
         for number, batch in read_batches(own, self.checkpoint.preprocess, len(real[0])):
             pictures = jax.make_array_from_process_local_data(split, batch.pictures)
             counted = jax.make_array_from_process_local_data(split, real[number])
-            statistics, token = step(statistics, params, pictures, counted)
+            statistics, token = _step(statistics, params, pictures, counted, **fixed)
             if behind is not None:
                 # One step behind, so that the device never waits and inputs do not pile up.
                 behind.block_until_ready()
@@ -169,6 +151,28 @@ class Survey:
         if jax.process_index() == 0:
             save(self.out, dataset)
         return dataset
+
+
+@functools.partial(jax.jit, static_argnames=("design", "model", "preprocess", "mesh"))
+def _step(
+    statistics: Any, params: Any, pictures: Array, real: Array,
+    *, design: Design, model: ViT, preprocess: Preprocess, mesh: Mesh,
+) -> tuple[Any, Array]:  # fmt: skip
+    """Statistics with a batch added, and images so far.
+
+    Images are split over devices; each pools its own, and Chan's merge joins them.
+    """
+
+    def local(statistics: Any, params: Any, pictures: Array, real: Array) -> Any:
+        found = observe(design, model, params, preprocess.normalize(pictures))
+        return pool(statistics, found, real, "data")
+
+    split = jax.shard_map(
+        local, mesh=mesh, in_specs=(P(), P(), P("data"), P("data")), out_specs=P(),
+        check_vma=False,
+    )  # fmt: skip
+    after = split(statistics, params, pictures, real)
+    return after, after["attention_distance"].count.max()
 
 
 def _shares(left: Sequence[Example], batch_size: int) -> tuple[list[Example], list[np.ndarray]]:

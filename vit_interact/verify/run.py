@@ -36,6 +36,7 @@ class Plan:
       indicators: names of `interactions.INDICATORS`.
       tests: of `TESTS`.
       coverages: of windows.
+      power: rows are raised to it before windows are made.
       variants: of `windows.VARIANTS`.
       controls: of `windows.CONTROLS`, the boxes that windows are compared with.
       orders: of `removal.ORDERS`.
@@ -55,6 +56,7 @@ class Plan:
     interventions: tuple[str, ...] = removal.INTERVENTIONS
     seed: int = 0
     batch_size: int = 8
+    power: float = 1.0
 
     def parts(self) -> Iterator[tuple[str, str]]:
         """(test, whose windows or orders) of every part of a batch."""
@@ -146,7 +148,7 @@ class Programs:
             maps = subject.measure(params, self._normalize(pictures), (name,))[name]
             return windows.make_windows(
                 maps, layout, plan.coverages, keys_of(numbers), name == "rollout",
-                plan.variants, plan.controls,
+                plan.variants, plan.controls, plan.power,
             )  # fmt: skip
 
         def restricted(params: Any, pictures: Array, boxes: Array) -> tuple[Array, Array]:
@@ -260,9 +262,9 @@ class Programs:
 
     def share_windows(self, mean: np.ndarray) -> None:
         """Makes the windows of the data set from the mean of its views `[I, L, P, P]`."""
-        coverages, layout = self.plan.coverages, self.subject.layout
+        coverages, layout, power = self.plan.coverages, self.subject.layout, self.plan.power
         self.data_windows = {
-            name: np.asarray(smallest_windows(jnp.asarray(own), layout, coverages))
+            name: np.asarray(smallest_windows(jnp.asarray(own) ** power, layout, coverages))
             for name, own in zip(self.plan.indicators, mean, strict=True)
         }
 

@@ -32,6 +32,7 @@ def make_windows(
     rolled: bool = False,
     variants: Sequence[str] = VARIANTS,
     controls: Sequence[str] = CONTROLS,
+    power: float | int = 1.0,
 ) -> dict[tuple[str, str], Int[Array, "Q L B P 4"]]:
     """Windows of an indicator, and their controls of the same area for each query.
 
@@ -43,13 +44,15 @@ def make_windows(
       rolled: whether the indicator is a rollout, whose last layer already holds all others.
       variants: of `VARIANTS`; `data` needs more than these images and is made elsewhere.
       controls: of `CONTROLS`; they follow the windows of variant `layers`.
+      power: rows are raised to it first. Below 1, a window follows the bulk of what a patch
+        interacts with, rather than a few peaks.
 
     Returns:
       (variant, kind) to windows `[Q, L, B, P, 4]`. Variant `layers`: windows of each layer from
       that layer; `shared`: one window for all layers, from their mean. Kind `indicator`, and for
       `layers` each of the controls.
     """
-    rows = patch_view(indicator, layout)
+    rows = patch_view(indicator, layout) ** power
     own = smallest_windows(rows, layout, tuple(coverages))
     each = jax.vmap(lambda w, key: random_windows(w, layout, key), in_axes=(2, 0), out_axes=2)
     make = {
@@ -64,7 +67,7 @@ def make_windows(
         made = {("layers", kind): make[kind]() for kind in ("indicator", *controls)}
     if "shared" in variants:
         made["shared", "indicator"] = jnp.broadcast_to(
-            _shared_windows(indicator, layout, coverages, rolled)[:, None], own.shape
+            _shared_windows(indicator, layout, coverages, rolled, power)[:, None], own.shape
         )
     return made
 
@@ -74,9 +77,10 @@ def _shared_windows(
     layout: TokenLayout,
     coverages: Sequence[float],
     rolled: bool,
+    power: float | int,
 ) -> Int[Array, "Q B P 4"]:
     together = indicator[-1] if rolled else combine_layers(indicator, layout)
-    return smallest_windows(patch_view(together, layout), layout, tuple(coverages))
+    return smallest_windows(patch_view(together, layout) ** power, layout, tuple(coverages))
 
 
 def apply_windows(
