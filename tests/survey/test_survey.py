@@ -45,8 +45,8 @@ def examples(tmp_path):
     return open_examples(photographs(tmp_path / "data", each=5), ("cat", "dog"), 2)[0]
 
 
-def survey(checkpoint, examples, out, **options):
-    design = Design.of(checkpoint.model, indicators=NAMES, coverages=(0.5, 0.9))
+def survey(checkpoint, examples, out, indicators=("attention",), coverages=(0.5,), **options):
+    design = Design.of(checkpoint.model, indicators=indicators, coverages=coverages)
     options = {"batch_size": 4, "devices": jax.devices()[:2], **options}
     return Survey(checkpoint, examples, design, out, "data", **options)
 
@@ -85,7 +85,8 @@ def test_kernel_by_hand():
 
 def test_statistics_are_those_of_the_arrays(tmp_path, checkpoint, examples):
     """All images at once in NumPy, from `vi.measure` and raw attention weights."""
-    statistics = load_survey_of(survey(checkpoint, examples, tmp_path / "s.zarr"))
+    work = survey(checkpoint, examples, tmp_path / "s.zarr", NAMES, (0.5, 0.9))
+    statistics = load_survey_of(work)
     model, params, layout = checkpoint.model, checkpoint.params, checkpoint.model.config.layout
     pictures = np.stack([PREPROCESS.picture(one.read()) for one in examples])
     images = PREPROCESS.normalize(jnp.asarray(pictures))
@@ -170,9 +171,8 @@ def test_a_killed_survey_goes_on_exactly(tmp_path, checkpoint, examples, monkeyp
         survey(checkpoint, examples[::-1], out, resume=True)
     with pytest.raises(ValueError, match="with the same --data and --skip"):
         survey(checkpoint, examples, out, resume=True, skip=3)
-    other = Design.of(checkpoint.model, indicators=("attention",))
     with pytest.raises(ValueError, match="other indicators, coverages"):
-        Survey(checkpoint, examples, other, out, "data", batch_size=8, resume=True)
+        survey(checkpoint, examples, out, ("edge",), (), resume=True)
 
 
 def test_merged_surveys_are_one(tmp_path, checkpoint, examples):
