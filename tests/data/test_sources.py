@@ -72,3 +72,21 @@ def test_a_file_that_breaks_later_stops_with_its_name(tmp_path):
     assert next(batches)[1].count == 4
     with pytest.raises(ImageError, match=f"{examples[5].name}: is empty"):
         next(batches)
+
+
+def test_labels_do_not_matter_when_there_are_no_outputs(tmp_path):
+    root = photographs(tmp_path, each=2)
+    (root / "cat" / "0.png").rename(root / "flat.png")
+    seen = []
+
+    def watch(opened, total):
+        seen.append(total)
+        yield from opened
+
+    examples, left_out = open_examples(root, None, None, watch=watch)
+    assert {one.name for one in examples} == {
+        "./flat.png", "cat/1.png", "dog/0.png", "dog/1.png",
+    }  # fmt: skip
+    assert {one.label for one in examples} == {0} and not left_out and seen == [4]
+    with pytest.raises(ValueError, match="or a folder of images"):
+        open_examples(root / "flat.png", None, None)

@@ -287,3 +287,17 @@ def test_two_processes_are_one(tmp_path, weights):
     assert_same(two, load_survey(tmp_path / "one.zarr")[1])
     assert about["device"].startswith("2 x") and about["images"] == 10
     assert json.dumps(about)
+
+
+def test_a_backbone_and_a_flat_folder(tmp_path):
+    model, params, _ = tiny(num_classes=0)
+    weights = tmp_path / "backbone.safetensors"
+    vi.export_timm(model, params, weights, preprocess=PREPROCESS)
+    data = photographs(tmp_path / "data", classes=("a",), each=3) / "a"
+    common = ("statistics", "--model", weights, "--data", data, "--batch-size", "8")
+    out = tmp_path / "s.zarr"
+    result = call(*common, "--coverages", "none", "--out", out)
+    assert result.exit_code == 0 and "3 images in" in result.output, result.output
+    assert not any("window" in name for name in load_survey(out)[1])
+    result = call(*common, "--indicators", "edge", "--out", tmp_path / "edge.zarr")
+    assert result.exit_code == 1 and "these weights have none" in result.stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from vit_interact.models.weights import Checkpoint
 
 DEFAULT_MODEL = "vit_s14_caltech101"
+# Images that may take more than two seconds to open.
+_LONG = 1000
 
 app = typer.Typer(
     help="See which image patch affects which in a Vision Transformer.",
@@ -46,8 +48,10 @@ def one_line_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[float], None]]:
-    """A bar with ETA on stderr; it says `compiling` until the first images are through."""
+def progress(
+    what: str, total: int, first: str = " (compiling first)"
+) -> Iterator[Callable[[float], None]]:
+    """A bar with ETA on stderr; it says what comes first until the first images are through."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -64,12 +68,27 @@ def progress(what: str, total: int) -> Iterator[Callable[[float], None]]:
         TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(f"{what} (compiling first)", total=total)
+        task = bar.add_task(what + first, total=total)
 
         def advance(images: float | int) -> None:
             bar.update(task, advance=images, description=what if images else None)
 
         yield advance
+
+
+def watched(what: str) -> Callable[[Iterable[Any], int], Iterator[Any]]:
+    """A bar for going through something of known length, if it is long."""
+
+    def watch(items: Iterable[Any], total: int) -> Iterator[Any]:
+        if total < _LONG:
+            yield from items
+            return
+        with progress(what, total, first="") as advance:
+            for item in items:
+                advance(1)
+                yield item
+
+    return watch
 
 
 def load(model: str, **settings: Any) -> Checkpoint:

@@ -16,6 +16,7 @@ from vit_interact.cli.shell import (
     one_line_errors,
     progress,
     warn_left_out,
+    watched,
 )
 
 
@@ -28,7 +29,7 @@ from vit_interact.cli.shell import (
 def statistics(
     model: Annotated[str, typer.Option(help="Anything that analyze takes.")] = DEFAULT_MODEL,
     data: Annotated[
-        str, typer.Option(help="A folder of class folders, tfds:NAME, or 'embedded'.")
+        str, typer.Option(help="A folder of images, tfds:NAME, or 'embedded'.")
     ] = "embedded",
     out: Annotated[Path, typer.Option(help="The store to write.")] = Path("stats.zarr"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what --out holds.")] = False,
@@ -63,8 +64,7 @@ def statistics(
         chosen = names_of(indicators)
         shares = () if coverages == "none" else numbers_of("--coverages", coverages)
         checkpoint = load(model, image_size=image_size, arch=arch)
-        names, outputs = checkpoint.class_names, checkpoint.model.config.num_classes
-        examples, left_out = open_examples(data, names, outputs, skip, limit)
+        examples, left_out = open_examples(data, None, None, skip, limit, watched("reading images"))
         warn_left_out(left_out)
         design = Design.of(checkpoint.model, indicators=chosen, coverages=shares)
         survey = Survey(

@@ -17,6 +17,7 @@ from vit_interact.cli.shell import (
     one_line_errors,
     progress,
     warn_left_out,
+    watched,
 )
 
 
@@ -99,7 +100,7 @@ def verify(
         if not config.has_classes:
             raise ValueError(f"{model} has no classes: verification needs a classifier")
         examples, left_out = open_examples(
-            data, checkpoint.class_names, config.num_classes, skip, limit
+            data, checkpoint.class_names, config.num_classes, skip, limit, watched("reading images")
         )
         work = Verification(checkpoint, examples, plan, out, skip, left_out)
         warn_left_out(left_out)

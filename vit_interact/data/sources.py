@@ -8,9 +8,9 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -23,6 +23,7 @@ from vit_interact.data.samples import sample_images
 EMBEDDED = "embedded"
 # Pillow decodes outside of the interpreter's lock.
 WORKERS = min(4, os.cpu_count() or 1)
+Watch = Callable[[Iterable[Any], int], Iterable[Any]]
 
 
 class Example(NamedTuple):
@@ -61,9 +62,10 @@ class Batch:
 def open_examples(
     data: str | Path,
     class_names: Sequence[str] | None,
-    outputs: int,
+    outputs: int | None,
     skip: int = 0,
     limit: int | None = None,
+    watch: Watch = lambda opened, total: opened,
 ) -> tuple[list[Example], list[ImageError]]:
     """Finds labelled images, ordered by a hash of their names, and decodes each one once.
 
@@ -76,9 +78,11 @@ def open_examples(
       data: `embedded`, a folder of class folders, or `tfds:NAME[/CONFIG][:VERSION][:SPLIT]`.
       class_names: of the model's outputs; when unknown, sorted folders are classes 0, 1, ..., and a
         TFDS data set has its own numbers.
-      outputs: how many classes the model has.
+      outputs: how many classes the model has; None when labels do not matter, so that a folder may
+        hold its images in any way.
       skip: images to leave out from the front.
       limit: images to take after that, unreadable ones included; None takes all.
+      watch: gets what is being opened, one image at a time, and their number, and gives it on.
 
     Returns:
       The examples, and what was left out.
@@ -102,7 +106,7 @@ def open_examples(
         )
     examples, left_out = [], []
     with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
-        for opened in pool.map(_open, entries[skip : skip + wanted]):
+        for opened in watch(pool.map(_open, entries[skip : skip + wanted]), wanted):
             if isinstance(opened, ImageError):
                 left_out.append(opened)
             else:
@@ -125,10 +129,15 @@ def _open(entry: _Entry) -> Example | ImageError:
 
 
 def _file_entries(
-    data: str | Path, class_names: Sequence[str] | None, outputs: int
+    data: str | Path, class_names: Sequence[str] | None, outputs: int | None
 ) -> list[_Entry]:
     if str(data) == EMBEDDED:
         found = [(sample.label, sample.path) for sample in sample_images()]
+    elif outputs is None:
+        root = Path(data)
+        if not root.is_dir():
+            raise ValueError(f"{root}: expected '{EMBEDDED}', {PREFIX}NAME or a folder of images")
+        found = [(path.parent.relative_to(root).as_posix(), path) for path in find_images([root])]
     else:
         found = _class_folders(Path(data))
     labels = sorted({label for label, _ in found})
@@ -144,7 +153,9 @@ def _file_entries(
     ]
 
 
-def _record_entries(data: str, class_names: Sequence[str] | None, outputs: int) -> list[_Entry]:
+def _record_entries(
+    data: str, class_names: Sequence[str] | None, outputs: int | None
+) -> list[_Entry]:
     records = Records(data)
     numbers = _class_numbers(records.class_names, class_names, outputs, data)
 
@@ -177,9 +188,11 @@ def _class_folders(root: Path) -> list[tuple[str, Path]]:
 
 
 def _class_numbers(
-    labels: Sequence[str], class_names: Sequence[str] | None, outputs: int, data: str | Path
+    labels: Sequence[str], class_names: Sequence[str] | None, outputs: int | None, data: str | Path
 ) -> list[int]:
-    """The model's class number of each of the data's classes."""
+    """The model's class number of each of the data's classes; 0 when they do not matter."""
+    if outputs is None:
+        return [0] * len(labels)
     if class_names is None:
         if len(labels) != outputs:
             raise ValueError(

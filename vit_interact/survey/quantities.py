@@ -76,8 +76,15 @@ class Design:
 
     @classmethod
     def of(cls, model: ViT, **choices: Any) -> Design:
-        """The design for our `ViT`."""
+        """The design for our `ViT`.
+
+        Raises:
+          ValueError: for an unknown indicator, or one of gradients when the model has no classes.
+        """
         config = model.config
+        for name in choices.get("indicators", ()):
+            if "output_grad" in NEEDS.get(name, ()) and not config.has_classes:
+                raise ValueError(f"{name} is of the gradient of a class; these weights have none")
         return cls(config.layout, config.depth, config.heads, **choices)
 
     def quantities(self) -> dict[str, Quantity]:
