@@ -25,6 +25,15 @@ def test_pictures_and_links_are_there():
     assert [target for target in targets if not (README.parent / target).exists()] == []
 
 
+def test_statistics_example_runs():
+    text = (README.parent / "docs" / "statistics.md").read_text("utf-8")
+    store, survey = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict = {}
+    exec(survey, names)
+    assert names["statistics"]["edge_spread"].mean.shape == (12,)
+    compile(store, "store", "exec")  # its names are those of tests/survey
+
+
 def test_verification_example_runs():
     text = (README.parent / "docs" / "verification.md").read_text("utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
