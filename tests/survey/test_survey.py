@@ -145,8 +145,7 @@ def test_devices_batches_and_padding_do_not_matter(tmp_path, checkpoint, example
     assert alone["attention_distance"].count.max() == len(examples)
 
 
-def test_a_killed_survey_goes_on_exactly(tmp_path, checkpoint, examples, monkeypatch):
-    monkeypatch.setattr("vit_interact.survey.session._SAVE_EVERY_S", 0.0)
+def test_a_killed_survey_goes_on_exactly(tmp_path, checkpoint, examples):
     whole = load_survey_of(survey(checkpoint, examples, tmp_path / "whole.zarr"))
 
     class Killed(Exception):
@@ -157,7 +156,7 @@ def test_a_killed_survey_goes_on_exactly(tmp_path, checkpoint, examples, monkeyp
             raise Killed
 
     out = tmp_path / "killed.zarr"
-    work = survey(checkpoint, examples, out)
+    work = survey(checkpoint, examples, out, save_every=0.0)
     with pytest.raises(Killed):
         work.run(kill)
     with pytest.raises(ValueError, match="exists; use --resume"):

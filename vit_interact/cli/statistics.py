@@ -42,6 +42,7 @@ def statistics(
         int, typer.Option(help="Images to leave out first; their order is a hash of names.")
     ] = 0,
     batch_size: Annotated[int, typer.Option(help="Images at a time, over all devices.")] = 8,
+    save_every: Annotated[float, typer.Option(help="Seconds between saves.")] = 30.0,
     image_size: Annotated[int | None, typer.Option(help="Pixels of a side.")] = None,
     arch: Annotated[str | None, typer.Option(help="Architecture when unclear.")] = None,
     coordinator: Annotated[
@@ -68,7 +69,16 @@ def statistics(
         warn_left_out(left_out)
         design = Design.of(checkpoint.model, indicators=chosen, coverages=shares)
         survey = Survey(
-            checkpoint, examples, design, out, data, skip, batch_size, resume, left_out=left_out
+            checkpoint,
+            examples,
+            design,
+            out,
+            data,
+            skip,
+            batch_size,
+            resume,
+            left_out=left_out,
+            save_every=save_every,
         )
         with progress("surveying", len(examples)) as advance:
             dataset = survey.run(advance)

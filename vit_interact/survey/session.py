@@ -24,8 +24,6 @@ from vit_interact.models.weights import Checkpoint
 from vit_interact.survey.quantities import Design, observe, pool
 from vit_interact.survey.store import check_same, load_survey, recover, save, to_dataset
 
-_SAVE_EVERY_S = 30.0
-
 
 class Survey:
     """One survey on disk. With several processes all make one; the first writes."""
@@ -42,6 +40,7 @@ class Survey:
         resume: bool = False,
         devices: Sequence[jax.Device] | None = None,
         left_out: Sequence[Exception] = (),
+        save_every: float = 30.0,
     ) -> None:
         """Opens the store; nothing is written before the first images are through.
 
@@ -56,6 +55,7 @@ class Survey:
           resume: go on with what `out` holds.
           devices: to run on, by default all of all processes.
           left_out: errors of images in this stretch that cannot be read; the store names them.
+          save_every: seconds; a kill loses no more work than that.
 
         Raises:
           ValueError: when `out` exists and is not to be resumed, or holds a survey of something
@@ -65,7 +65,7 @@ class Survey:
         if batch_size % len(devices):
             raise ValueError(f"batch size {batch_size} does not divide over {len(devices)} devices")
         self.checkpoint, self.examples, self.design, self.out = checkpoint, examples, design, out
-        self.batch_size, self.skip = batch_size, skip
+        self.batch_size, self.skip, self.save_every = batch_size, skip, save_every
         self.mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
         device = devices[0]
         self.about: dict[str, Any] = {
@@ -132,7 +132,7 @@ class Survey:
             behind = token
             images = min(self.batch_size, len(left) - number * self.batch_size)
             self.done += images
-            if time.monotonic() - saved > _SAVE_EVERY_S:
+            if time.monotonic() - saved > self.save_every:
                 self._save(statistics)
                 saved = time.monotonic()
             advance(images)
