@@ -145,7 +145,7 @@ def draw_faithfulness(report: dict[str, Any]) -> Figure:
     """
     rows = sorted(report["faithfulness"], key=lambda row: row["rho"])
     names = [row["indicator"] for row in report["faithfulness"]]
-    figure = Figure(figsize=(13.5, 4.6), layout="constrained")
+    figure = Figure(figsize=(16.5, 4.9), layout="constrained")
     bars, masked, redrawn = figure.subplots(1, 3)
     for place, row in enumerate(rows):
         style, (low, high) = indicator_style(row["indicator"]), row["rho_95"]
@@ -158,7 +158,7 @@ def draw_faithfulness(report: dict[str, Any]) -> Figure:
     bars.set_yticks(range(len(rows)), [indicator_style(row["indicator"]).label for row in rows])
     bars.set_xlim(min(0.0, *(row["rho_95"][0] for row in rows)), 1.05)
     bars.set_ylim(-0.5, len(rows) - 0.3)
-    bars.set_title("edges really cut")
+    bars.set_title("edges really cut\n1: ranks them as the logit does")
     bars.set_xlabel("Spearman's rho with |change of the logit|")
     for name in names:
         style = indicator_style(name)
@@ -171,16 +171,16 @@ def draw_faithfulness(report: dict[str, Any]) -> Figure:
         redrawn.plot(x, y, color=style.color, marker="o", markersize=3, label=style.label)
     control = [r for r in report["groups"] if (r["indicator"], r["kind"]) == (names[0], "random")]
     _curve(masked, control, "share", "random edges", "#4D4D4D", (0, (1, 1.5)), y="change")
-    masked.set_title("groups masked: strongest (solid), weakest (dashed)")
+    masked.set_title("groups masked\nsolid: strongest, dashed: weakest")
     masked.set_xlabel("share of patch-to-patch edges, each layer")
-    masked.set_ylabel("change of the predicted class's logit")
-    masked.legend(loc="best")
-    redrawn.set_title("weights redrawn from the top")
+    masked.set_ylabel("change of the class's logit")
+    redrawn.set_title("weights redrawn from the top\nwhat follows the truth changes")
     redrawn.set_xlabel("blocks redrawn")
-    redrawn.set_ylabel("Spearman's rho with the indicator before")
+    redrawn.set_ylabel("rho with the indicator before")
     redrawn.set_ylim(top=1.05)
     for axis in (bars, masked, redrawn):
         axis.grid(visible=True, alpha=0.3)
+    figure.legend(*masked.get_legend_handles_labels(), loc="outside right center")
     first = report["faithfulness"][0]
     figure.suptitle(
         f"{first['images']} images, {first['edges']} edges; lines and bands: 95 % bootstrap "
