@@ -30,7 +30,7 @@ def test_statistics_example_runs():
     store, survey = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names: dict = {}
     exec(survey, names)
-    assert names["statistics"]["edge_spread"].mean.shape == (12,)
+    assert names["statistics"]["attention_spread"].mean.shape == (12,)
     compile(store, "store", "exec")  # its names are those of tests/survey
 
 

@@ -24,7 +24,7 @@ from vit_interact.survey import Design, kernel, load_survey, merge_surveys, obse
 from vit_interact.survey.session import Survey
 
 PREPROCESS = Preprocess(size=(12, 16))
-NAMES = ("attention", "edge", "rollout")
+NAMES = ("attention", "edge")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def examples(tmp_path):
     return open_examples(photographs(tmp_path / "data", each=5), ("cat", "dog"), 2)[0]
 
 
-def survey(checkpoint, examples, out, indicators=("attention",), coverages=(0.5,), **options):
+def survey(checkpoint, examples, out, indicators=("attention",), coverages=(), **options):
     design = Design.of(checkpoint.model, indicators=indicators, coverages=coverages)
     options = {"batch_size": 4, "devices": jax.devices()[:2], **options}
     return Survey(checkpoint, examples, design, out, "data", **options)
@@ -171,7 +171,7 @@ def test_a_killed_survey_goes_on_exactly(tmp_path, checkpoint, examples):
     with pytest.raises(ValueError, match="with the same --data and --skip"):
         survey(checkpoint, examples, out, resume=True, skip=3)
     with pytest.raises(ValueError, match="other indicators, coverages"):
-        survey(checkpoint, examples, out, ("edge",), (), resume=True)
+        survey(checkpoint, examples, out, ("edge",), (0.5,), resume=True)
 
 
 def test_merged_surveys_are_one(tmp_path, checkpoint, examples):
@@ -260,6 +260,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, weights, options, me
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path, weights):
     data = photographs(tmp_path / "data", each=5)
     with socket.socket() as free:

@@ -20,7 +20,13 @@ from vit_interact.verify.results import collect, rank_removal, rank_windows, to_
 from vit_interact.verify.run import Plan, Programs, run_parts
 from vit_interact.verify.subject import Subject
 
-PLAN = Plan(("attention", "rollout"), coverages=(0.4, 1.0), shares=(0.5, 0.9), batch_size=4)
+PLAN = Plan(
+    ("attention", "rollout"),
+    coverages=(0.4, 1.0),
+    orders=("lowest", "highest"),
+    shares=(0.5, 0.9),
+    batch_size=4,
+)
 PREPROCESS = Preprocess(size=(12, 16))
 
 
@@ -97,7 +103,6 @@ def test_results(tmp_path, programs, examples):
         np.testing.assert_allclose(same, rows["attention", "layers", "indicator", 0.4]["area"])
     orders = {row["order"] for row in found["removal_auc"]}
     assert {"attention/lowest", "rollout/highest", "random2", "class_attention"} <= orders
-    assert {"rollout/staged", "class_attention_staged"} <= orders
     assert {r["removed"] for r in found["removal"]} == {0.0, 0.5, 0.9}
     assert rank_removal(found)[0]["auc"] >= rank_removal(found)[1]["auc"]
     assert {row["indicator"] for row in rank_windows(found)} == {"attention", "rollout"}
@@ -194,6 +199,8 @@ def test_command(tmp_path, weights):
     assert "to go" in result.output and "top-1 of the whole model" in result.output
     report = json.loads((out / "verify.json").read_text())
     assert report["options"]["images"] == 6 and report["drop_speed"]["speed_up"] > 0
+    orders = {row["order"] for row in report["removal_auc"]}
+    assert {"attention/staged", "attention/patches", "class_attention_staged"} <= orders
     assert (out / "windows.png").stat().st_size > 10_000
     assert (out / "removal.png").exists() and (out / "verify.csv").exists()
 
