@@ -143,8 +143,8 @@ def to_csv(found: dict[str, Any]) -> str:
 def rank_windows(found: dict[str, Any]) -> list[Row]:
     """Indicators by top-1 averaged over window areas up to half of the grid, best first.
 
-    Curves are compared at equal areas: each is interpolated between its coverages, from no window
-    at all (the smallest area measured, held constant below it) to one half.
+    Curves are compared at equal areas: each is interpolated between its coverages, and below the
+    smallest area measured down to nothing, so that large windows alone do not win.
     """
     grid = np.linspace(0.05, 0.5, 46)
     ranked = []
@@ -155,7 +155,7 @@ def rank_windows(found: dict[str, Any]) -> list[Row]:
             own = [r for r in found["windows"]
                    if (r["indicator"], r["variant"], r["kind"]) == wanted]  # fmt: skip
             own.sort(key=lambda r: r["area"])
-            areas, top1 = [r["area"] for r in own], [r["top1"] for r in own]
+            areas, top1 = [0.0, *(r["area"] for r in own)], [0.0, *(r["top1"] for r in own)]
             row[f"{variant}/{kind}"] = float(np.interp(grid, areas, top1).mean())
         ranked.append(row)
     own = [f"{variant}/indicator" for variant in VARIANTS]
