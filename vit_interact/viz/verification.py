@@ -127,8 +127,8 @@ def draw_removal_curves(report: dict[str, Any]) -> Figure:
             elif not of and name in _CONTROLS and kind in _CONTROLS[name][3]:
                 label, color, dashes, _ = _CONTROLS[name]
                 _curve(axis, curve, "removed", label, color, dashes)
-        again = ", measured again on what is left" if kind == "staged" else ""
-        axis.set_title(titles[how] + again)
+        when = "measured again on what is left" if kind == "staged" else "measured once"
+        axis.set_title(f"{titles[how]}\n{when}")
         _finish(axis, report, "share of patches removed")
         axis.legend(loc="lower left")
     _explain(figure, report)
