@@ -24,7 +24,7 @@ from vit_interact.survey import Design, kernel, load_survey, merge_surveys, obse
 from vit_interact.survey.session import Survey
 
 PREPROCESS = Preprocess(size=(12, 16))
-NAMES = ("attention", "edge")
+NAMES = ("attention", "edge", "rollout")
 
 
 @pytest.fixture(scope="module")

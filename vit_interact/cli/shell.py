@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -15,6 +15,16 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "vit_s14_caltech101"
 # Images that may take more than two seconds to open.
 _LONG = 1000
+
+# Options that commands over a data set share.
+Model = Annotated[str, typer.Option(help="Anything that analyze takes.")]
+Limit = Annotated[int | None, typer.Option(help="Images to take; all if unset.")]
+Skip = Annotated[
+    int, typer.Option(help="Images to leave out first; their order is a hash of names.")
+]
+BatchSize = Annotated[int, typer.Option(help="Images at a time, over all devices.")]
+ImageSize = Annotated[int | None, typer.Option(help="Pixels of a side.")]
+Arch = Annotated[str | None, typer.Option(help="Architecture when unclear.")]
 
 app = typer.Typer(
     help="See which image patch affects which in a Vision Transformer.",

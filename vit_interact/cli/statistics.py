@@ -9,6 +9,12 @@ import typer
 
 from vit_interact.cli.shell import (
     DEFAULT_MODEL,
+    Arch,
+    BatchSize,
+    ImageSize,
+    Limit,
+    Model,
+    Skip,
     app,
     load,
     names_of,
@@ -27,7 +33,7 @@ from vit_interact.cli.shell import (
     "attention,leave_one_out --coverages none --out stats.zarr --resume"
 )
 def statistics(
-    model: Annotated[str, typer.Option(help="Anything that analyze takes.")] = DEFAULT_MODEL,
+    model: Model = DEFAULT_MODEL,
     data: Annotated[
         str, typer.Option(help="A folder of images, tfds:NAME, or 'embedded'.")
     ] = "embedded",
@@ -37,14 +43,12 @@ def statistics(
     coverages: Annotated[
         str, typer.Option(help="Shares of impact that windows hold, in (0, 1]; or none.")
     ] = "0.9",
-    limit: Annotated[int | None, typer.Option(help="Images to take; all if unset.")] = None,
-    skip: Annotated[
-        int, typer.Option(help="Images to leave out first; their order is a hash of names.")
-    ] = 0,
-    batch_size: Annotated[int, typer.Option(help="Images at a time, over all devices.")] = 8,
+    limit: Limit = None,
+    skip: Skip = 0,
+    batch_size: BatchSize = 8,
     save_every: Annotated[float, typer.Option(help="Seconds between saves.")] = 30.0,
-    image_size: Annotated[int | None, typer.Option(help="Pixels of a side.")] = None,
-    arch: Annotated[str | None, typer.Option(help="Architecture when unclear.")] = None,
+    image_size: ImageSize = None,
+    arch: Arch = None,
     coordinator: Annotated[
         str | None, typer.Option(help="HOST:PORT of process 0; 'auto' on a TPU pod.")
     ] = None,

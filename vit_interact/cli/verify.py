@@ -9,6 +9,12 @@ import typer
 
 from vit_interact.cli.shell import (
     DEFAULT_MODEL,
+    Arch,
+    BatchSize,
+    ImageSize,
+    Limit,
+    Model,
+    Skip,
     among,
     app,
     load,
@@ -27,7 +33,7 @@ from vit_interact.cli.shell import (
     "vit-interact verify --model vit.safetensors --data imagenet/val --limit 500 --out checked"
 )
 def verify(
-    model: Annotated[str, typer.Option(help="Anything that analyze takes.")] = DEFAULT_MODEL,
+    model: Model = DEFAULT_MODEL,
     data: Annotated[
         str, typer.Option(help="A folder of class folders, tfds:NAME[:SPLIT], or 'embedded'.")
     ] = "embedded",
@@ -58,14 +64,12 @@ def verify(
     interventions: Annotated[
         str, typer.Option(help="How patches are removed: drop, mask, zero.")
     ] = "drop,mask,zero",
-    limit: Annotated[int | None, typer.Option(help="Images to take; all if unset.")] = None,
-    skip: Annotated[
-        int, typer.Option(help="Images to leave out first; their order is a hash of names.")
-    ] = 0,
+    limit: Limit = None,
+    skip: Skip = 0,
     seed: Annotated[int, typer.Option(help="Of random controls.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Images at a time, over all devices.")] = 8,
-    image_size: Annotated[int | None, typer.Option(help="Pixels of a side.")] = None,
-    arch: Annotated[str | None, typer.Option(help="Architecture when unclear.")] = None,
+    batch_size: BatchSize = 8,
+    image_size: ImageSize = None,
+    arch: Arch = None,
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("vit-interact-verify"),
 ) -> None:
     """Check indicators: accuracy inside their windows, and without the patches they call needless.
