@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +24,7 @@ import numpy as np
 
 from vit_interact.data.images import ImageError, read_image
 from vit_interact.data.naming import Work, name_files, visible
+from vit_interact.processes import end_with_parent
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -212,7 +212,7 @@ def _renderer(images: int) -> Iterator[Callable[[Any, Path], None]]:
     # spawn: forking a process that runs XLA's threads can hang.
     context = multiprocessing.get_context("spawn")
     workers = min(4, os.cpu_count() or 1)
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, context, end_with_parent) as pool:
 
         def render_in_pool(dataset: xr.Dataset, out: Path) -> None:
             count = dataset.sizes["image"]
@@ -220,18 +220,6 @@ def _renderer(images: int) -> Iterator[Callable[[Any, Path], None]]:
             list(pool.map(_render_one, each, [out] * count))
 
         yield render_in_pool
-
-
-def _end_with_parent() -> None:
-    """Ends this worker when its parent is killed; it would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 class _Folder:

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from vit_interact.data.images import ImageError, decode_image, find_images, read_image
+from vit_interact.data.labelled import class_folders
 from vit_interact.data.preprocess import Preprocess
 from vit_interact.data.records import PREFIX, Records
 from vit_interact.data.samples import sample_images
@@ -139,7 +140,8 @@ def _file_entries(
             raise ValueError(f"{root}: expected '{EMBEDDED}', {PREFIX}NAME or a folder of images")
         found = [(path.parent.relative_to(root).as_posix(), path) for path in find_images([root])]
     else:
-        found = _class_folders(Path(data))
+        groups = class_folders(Path(data))
+        found = [(name, path) for name, paths in groups.items() for path in paths]
     labels = sorted({label for label, _ in found})
     numbers = dict(zip(labels, _class_numbers(labels, class_names, outputs, data), strict=True))
 
@@ -169,22 +171,6 @@ def _record_entries(
         (f"{records.name}/{index}", functools.partial(load, index=index))
         for index in range(len(records))
     ]
-
-
-def _class_folders(root: Path) -> list[tuple[str, Path]]:
-    if not root.is_dir():
-        raise ValueError(
-            f"{root}: expected '{EMBEDDED}', {PREFIX}NAME or a folder with a folder for each class"
-        )
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not folders:
-        raise ValueError(f"{root} has no class folders; expected {root}/CLASS/IMAGE.jpg")
-    found = []
-    for folder in folders:
-        if not any(folder.iterdir()):
-            raise ValueError(f"{folder} is an empty class: remove the folder or add images")
-        found += [(folder.name, path) for path in find_images([folder])]
-    return found
 
 
 def _class_numbers(

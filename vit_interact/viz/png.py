@@ -49,3 +49,11 @@ def save(figure: Figure, path: Path, steps: Sequence[int] = LEVELS) -> Path:
     unfinished.write_bytes(buffer.getvalue())
     os.replace(unfinished, path)
     return path
+
+
+def pixels(figure: Figure, dpi: int) -> np.ndarray:
+    """A drawn figure as uint8 `[h, w, 3]`."""
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

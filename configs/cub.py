@@ -1,0 +1,21 @@
+r"""Fine-tunes pretrained weights on Caltech-UCSD Birds-200-2011.
+
+Command:
+  python -m vit_interact.train --config=configs/cub.py --workdir=runs/cub \
+    --config.init=hf:OWNER/NAME
+Hardware: meant for one GPU or TPU v5e.
+Hours: not known. Expected result: not run by us.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config() -> ConfigDict:
+    """The experiment."""
+    config = common.finetune("tfds:caltech_birds2011")
+    # Fine differences are small: more pixels.
+    config.model.image_size = (448, 448)
+    config.batch_size = 64
+    return config.lock()

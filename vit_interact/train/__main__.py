@@ -1,0 +1,72 @@
+r"""Trains a Vision Transformer.
+
+Examples:
+  python -m vit_interact.train --config=configs/caltech101.py --workdir=/tmp/run \
+      --config.data.source=/data/caltech101
+  python -m vit_interact.train --config=configs/folder.py --workdir=/tmp/run \
+      --config.data.source=/my/photos --config.batch_size=64 --config.model.dtype=bfloat16
+
+Run the same command again to go on where it stopped. Ctrl-C saves and ends.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file of configs/; --config.NAME=VALUE changes a setting."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, figures and weights.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    os.environ.get("VIT_INTERACT_DISTRIBUTED") == "1",
+    "Several hosts that find each other (Cloud TPU pod slice, SLURM, MPI); also by "
+    "VIT_INTERACT_DISTRIBUTED=1.",
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port of process 0, where hosts do not find each other."
+)
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes, with --coordinator.")
+_PROCESS = flags.DEFINE_integer("process", None, "Number of this process, with --coordinator.")
+
+
+def _main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        _fail(f"unexpected argument {argv[1]!r}")
+    from absl import logging
+
+    # What absl tells of backends that are not there would bury our own lines.
+    logging.set_verbosity(logging.WARNING)
+    import jax
+
+    from vit_interact.cli.shell import watched
+    from vit_interact.train.train import train
+
+    if _DISTRIBUTED.value or _COORDINATOR.value:
+        jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    try:
+        train(_CONFIG.value, _WORKDIR.value, watch=watched("decoding"))
+    except (ValueError, OSError) as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        _fail("interrupted; the last checkpoint is kept: run it again to go on")
+
+
+def _fail(message: object) -> None:
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+def main() -> None:
+    """Runs the command line."""
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(_main)
+
+
+if __name__ == "__main__":
+    main()

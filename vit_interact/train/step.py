@@ -1,0 +1,227 @@
+"""One training step and one evaluation step: pure functions of state and batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from clu import metrics
+from jaxtyping import Array, Float
+
+from vit_interact.data.augment import Augment, augment_images, erase_images, mix_images
+from vit_interact.data.preprocess import Preprocess
+from vit_interact.models.vit import ViT
+from vit_interact.train.evaluate import Evaluation
+from vit_interact.train.state import Running, TrainState, no_metrics
+
+Batch = Mapping[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A trained model whose outputs are learned, too.
+
+    Attributes:
+      model: of the same classes and image size.
+      params: its parameters.
+      preprocess: its normalisation.
+      kind: `soft` (its probabilities) or `hard` (its choice).
+      weight: of its part of the loss.
+      temperature: of soft targets.
+    """
+
+    model: ViT
+    params: Any
+    preprocess: Preprocess
+    kind: str
+    weight: float
+    temperature: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """All that a step needs beside state and batch.
+
+    Attributes:
+      model: what is trained.
+      optimizer: from `make_optimizer`.
+      frozen: tree of which parameters stay as they are.
+      augment: transforms; those of single pictures only when `on_device`.
+      on_device: whether pictures are augmented here, or were by who read them.
+      preprocess: normalisation.
+      seed: of all random keys.
+      parts: that a batch is computed in, one after the other.
+      log_every: steps after which sums for the log begin anew.
+      smoothing: of labels.
+      loss: `softmax` or `sigmoid`.
+      ema: decay of averaged parameters, 0 for none.
+      teacher: for distillation.
+    """
+
+    model: ViT
+    optimizer: optax.GradientTransformation
+    frozen: Any
+    augment: Augment
+    on_device: bool
+    preprocess: Preprocess
+    seed: int
+    parts: int = 1
+    log_every: int = 50
+    smoothing: float = 0.0
+    loss: str = "softmax"
+    ema: float = 0.0
+    teacher: Teacher | None = None
+
+
+def make_train_step(recipe: Recipe) -> Callable[..., tuple[TrainState, Running]]:
+    """The step `(state, batch, store, teaching) -> (state, sums for the log)`.
+
+    `store` is an array of all pictures on the device, uint8 `[n, h, w, 3]`, or None when they come
+    with the batch; `teaching` the parameters of the teacher, or None.
+    """
+
+    def train_step(
+        state: TrainState, batch: Batch, store: Any = None, teaching: Any = None
+    ) -> tuple[TrainState, Running]:
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(recipe.seed), state.step), 4)
+        images, targets = _prepare(recipe, batch, store, keys)
+        count = jnp.maximum(jnp.sum(batch["mask"].astype(jnp.float32)), 1.0)
+
+        def part_loss(params: Any, part: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+            images, targets, number = part
+            params = jax.tree.map(
+                lambda leaf, still: jax.lax.stop_gradient(leaf) if still else leaf,
+                params,
+                recipe.frozen,
+            )
+            logits = recipe.model.apply(
+                {"params": params},
+                images,
+                train=True,
+                rngs={"dropout": jax.random.fold_in(keys[3], number)},
+            ).astype(jnp.float32)
+            losses = _losses(recipe, logits, targets, images, teaching)
+            right = jnp.argmax(logits, -1) == jnp.argmax(targets[:, :-1], -1)
+            return jnp.sum(losses) / count, jnp.sum(right * targets[:, -1]) / count
+
+        grad_of = jax.value_and_grad(part_loss, has_aux=True)
+        if recipe.parts == 1:
+            (loss, accuracy), grads = grad_of(state.params, (images, targets, jnp.zeros((), int)))
+        else:
+            loss, accuracy, grads = _in_parts(grad_of, state.params, images, targets, recipe.parts)
+        updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            # The average of few steps would remember the random start: the decay grows to its
+            # value (as in TensorFlow's ExponentialMovingAverage).
+            done = state.step.astype(jnp.float32)
+            decay = jnp.minimum(recipe.ema, (1 + done) / (10 + done))
+            ema = optax.incremental_update(params, ema, 1 - decay)
+        one = jnp.ones((), jnp.float32)
+        here = Running(
+            loss=metrics.Average(total=loss * count, count=count),
+            accuracy=metrics.Average(total=accuracy * count, count=count),
+            grad_norm=metrics.Average(total=optax.global_norm(grads), count=one),
+            unread=metrics.Average(
+                total=jnp.sum(1.0 - batch["mask"].astype(jnp.float32)), count=one
+            ),
+        )
+        before = jax.tree.map(
+            lambda kept, none: jnp.where(state.step % recipe.log_every == 0, none, kept),
+            state.running,
+            no_metrics(),
+        )
+        running = before.merge(here)
+        state = TrainState(state.step + 1, params, opt_state, ema, running)
+        return state, running
+
+    return train_step
+
+
+def _prepare(
+    recipe: Recipe, batch: Batch, store: Any, keys: Array
+) -> tuple[Float[Array, "B h w 3"], Float[Array, "B classes+1"]]:
+    """Normalised images and their targets; the targets' last column is how much of one counts."""
+    plan, size = recipe.augment, recipe.model.config.image_size
+    pixels = batch["pictures"] if store is None else store[batch["indices"]]
+    if recipe.on_device:
+        pixels = augment_images(keys[0], pixels, batch["sizes"], plan, size)
+    images = recipe.preprocess.normalize(pixels)
+    mask = batch["mask"].astype(jnp.float32)[:, None]
+    classes = recipe.model.config.num_classes
+    # An empty place has no target; mixed with a photograph, the photograph's share counts.
+    targets = jnp.concatenate([jax.nn.one_hot(batch["labels"], classes) * mask, mask], axis=-1)
+    images = erase_images(keys[1], images, plan)
+    images, targets = mix_images(keys[2], images, targets, plan)
+    return images, targets
+
+
+def _losses(
+    recipe: Recipe,
+    logits: Float[Array, "B classes"],
+    targets: Float[Array, "B classes+1"],
+    images: Float[Array, "B h w 3"],
+    teaching: Any,
+) -> Float[Array, " B"]:
+    """Loss of each image, 0 for empty places."""
+    targets, share = targets[:, :-1], targets[:, -1]
+    classes = logits.shape[-1]
+    smooth = targets * (1 - recipe.smoothing) + recipe.smoothing * share[:, None] / classes
+    if recipe.loss == "softmax":
+        losses = -jnp.sum(smooth * jax.nn.log_softmax(logits), axis=-1)
+    else:
+        losses = share * jnp.sum(optax.sigmoid_binary_cross_entropy(logits, smooth), axis=-1)
+    teacher = recipe.teacher
+    if teacher is None:
+        return losses
+    ours, theirs = recipe.preprocess, teacher.preprocess
+    pixels = images * jnp.asarray(ours.std) + jnp.asarray(ours.mean)
+    taught = teacher.model.apply(
+        {"params": teaching}, (pixels - jnp.asarray(theirs.mean)) / jnp.asarray(theirs.std)
+    )
+    taught = jax.lax.stop_gradient(taught.astype(jnp.float32))
+    if teacher.kind == "hard":
+        lesson = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.argmax(taught, -1))
+    else:
+        # The square keeps the gradient's size when the temperature rises (Hinton et al. 2015).
+        heat = teacher.temperature
+        lesson = heat**2 * optax.kl_divergence(
+            jax.nn.log_softmax(logits / heat), jax.nn.softmax(taught / heat)
+        )
+    return (1 - teacher.weight) * losses + teacher.weight * share * lesson
+
+
+def _in_parts(
+    grad_of: Callable[..., Any], params: Any, images: Array, targets: Array, parts: int
+) -> tuple[Array, Array, Any]:
+    """Loss, accuracy and gradient of a batch, computed a part at a time.
+
+    Every part takes images from all over the batch, so that each device keeps its own.
+    """
+
+    def split(array: Array) -> Array:
+        return jnp.moveaxis(array.reshape(-1, parts, *array.shape[1:]), 1, 0)
+
+    def add(sums: Any, part: Any) -> tuple[Any, None]:
+        (loss, accuracy), grads = grad_of(params, part)
+        return jax.tree.map(jnp.add, sums, (loss, accuracy, grads)), None
+
+    zero = jnp.zeros((), jnp.float32)
+    start = (zero, zero, jax.tree.map(jnp.zeros_like, params))
+    sums, _ = jax.lax.scan(add, start, (split(images), split(targets), jnp.arange(parts)))
+    return sums
+
+
+def make_eval_step(model: ViT, preprocess: Preprocess) -> Callable[..., Evaluation]:
+    """The step `(parameters, batch) -> sums of this batch`."""
+
+    def eval_step(params: Any, batch: Batch) -> Evaluation:
+        logits = model.apply({"params": params}, preprocess.normalize(batch["pictures"]))
+        return Evaluation.of(logits.astype(jnp.float32), batch["labels"], batch["mask"])
+
+    return eval_step

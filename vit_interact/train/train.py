@@ -1,0 +1,198 @@
+"""Training from the first line to the last; read it top to bottom."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from vit_interact.data.labelled import Labelled
+from vit_interact.train.alongside import Alongside
+from vit_interact.train.checkpoint import Checkpoints, write_record
+from vit_interact.train.config import as_json, check_config
+from vit_interact.train.evaluate import evaluate, scalars
+from vit_interact.train.inputs import EvalFeed, Feed, Inputs, make_augment, on_device
+from vit_interact.train.log import Log, read_lines
+from vit_interact.train.meter import Interrupt, Meter
+from vit_interact.train.optimizer import make_optimizer, make_schedule, matches
+from vit_interact.train.results import describe, draw, export, overview, write_figures
+from vit_interact.train.sharding import check_mesh, make_mesh, replicated
+from vit_interact.train.start import choose_start, load_teacher
+from vit_interact.train.state import abstract_state, create_state, param_shapes
+from vit_interact.train.step import Recipe, make_eval_step, make_train_step
+
+Watch = Callable[[Iterable[Any], int], Iterable[Any]]
+
+
+def train(
+    config: Any,
+    workdir: str | Path,
+    data: Mapping[str, Labelled] | None = None,
+    watch: Watch = lambda items, total: items,
+) -> dict[str, Any]:
+    """Trains, or goes on with what is in the workdir.
+
+    What it starts from, in this order: the newest whole checkpoint in `workdir`; the weights or run
+    in `config.init`; random parameters.
+
+    Args:
+      config: `default_config()` with changes.
+      workdir: where checkpoints, figures and `model.safetensors` go.
+      data: splits by name in memory or of your own making (see `data.labelled.Labelled`), instead
+        of `config.data.source`.
+      watch: gets photographs that are decoded in advance and their number, and gives them on.
+
+    Returns:
+      `step`, `finished`, and the last figures of `val` and `test`, where there are such splits.
+
+    Raises:
+      ValueError: for settings, data or a workdir that cannot be used, before anything compiles.
+      DivergedError: when the loss becomes NaN or infinite; names the last good checkpoint.
+    """
+    # What is asked for, and whether it can be done.
+    check_config(config)
+    workdir = _writable(Path(workdir))
+    inputs = Inputs(config, data)
+    start = choose_start(config, inputs.class_names)
+    model, preprocess = start.model, start.preprocess
+    mesh = make_mesh(config.sharding.strategy, config.sharding.fsdp, config.sharding.model)
+    check_mesh(mesh, config.batch_size, config.optimizer.accumulate, model.config.heads)
+    teacher = load_teacher(config, model, inputs.class_names)
+    augment = make_augment(config.augment)
+    epoch = len(inputs.train) / config.batch_size
+    steps = config.steps or math.ceil(config.epochs * epoch)
+    schedule = make_schedule(config.schedule, steps, epoch)
+    shapes = param_shapes(model)
+    optimizer = make_optimizer(config.optimizer, schedule, shapes, model.config.depth)
+    frozen = matches(shapes, config.optimizer.freeze, "freeze")
+    if config.compile_cache:
+        jax.config.update("jax_compilation_cache_dir", config.compile_cache)
+
+    # Where the run stands.
+    checkpoints = Checkpoints(workdir, config.checkpoint.keep_last, config.checkpoint.keep_best)
+    abstract = abstract_state(model, optimizer, mesh, config.ema > 0)
+    record = describe(as_json(config), model, preprocess, inputs, steps)
+    state = checkpoints.resume(abstract, record["config"], config.on_change)
+    if state is None:
+        lines = start.lines
+        state = create_state(model, optimizer, mesh, config.seed, config.ema > 0, start.params)
+    else:
+        lines = (f"going on from step {int(state.step)} in {workdir}",)
+        checkpoints.drop_after(int(state.step))
+    step = first = int(state.step)
+    log = Log(workdir, step, config.tensorboard, jax.process_index() == 0)
+    for line in (*lines, overview(model, mesh, inputs, config.batch_size, steps)):
+        log.say(line)
+    eval_step = jax.jit(make_eval_step(model, preprocess), out_shardings=replicated(mesh))
+    val = None if inputs.val is None else EvalFeed(inputs.val, config, mesh, preprocess)
+    result: dict[str, Any] = {"step": step, "finished": step >= steps}
+
+    def judge(split: str, feed: EvalFeed, curve: bool = False) -> float:
+        figures = evaluate(eval_step, state.best_params, feed.batches())
+        last = not curve or int(state.step) == steps
+        write_figures(
+            workdir, split, figures, inputs.class_names, log, int(state.step), curve, last
+        )
+        result[split] = scalars(figures)
+        return float(figures["accuracy"])
+
+    if config.eval_only:
+        test = inputs.open_test()
+        if val is None and test is None:
+            raise ValueError("config.eval_only needs config.data.val, .holdout or .test")
+        if val is not None:
+            judge("val", val)
+        if test is not None:
+            judge("test", EvalFeed(test, config, mesh, preprocess))
+        return result
+    if log.writes:
+        write_record(workdir, record)
+
+    # The programs and what feeds them.
+    recipe = Recipe(
+        model, optimizer, frozen, augment, on_device(config), preprocess, config.seed,
+        config.optimizer.accumulate, config.log_every, config.loss.smoothing, config.loss.kind,
+        config.ema, teacher,
+    )  # fmt: skip
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    train_step = jax.jit(
+        make_train_step(recipe),
+        donate_argnames="state",
+        out_shardings=(shardings, replicated(mesh)),
+    )
+    teaching = None if teacher is None else jax.device_put(teacher.params, replicated(mesh))
+    feed = Feed(inputs.train, config, mesh, model.config.image_size, watch)
+    alongside = None
+    if config.interactions.every:
+        shown = EvalFeed(inputs.val or inputs.train, config, mesh, preprocess)
+        alongside = Alongside.of(config.interactions, model, preprocess, mesh, shown)
+    meter = Meter(log, model, frozen, schedule, config.batch_size, steps, epoch)
+    each_epoch = math.ceil(epoch)
+    save_every = config.checkpoint.every or each_epoch
+    eval_every = config.eval.every or each_epoch
+    best = max((line.get("val/accuracy", -1.0) for line in read_lines(log.path)), default=-1.0)
+    end = min(steps, config.stop_after or steps)
+
+    # The loop. The log is written one step behind, so that the devices don't wait for it.
+    with Interrupt() as interrupt:
+        for batch in meter.waiting(feed.batches(range(step, end))):
+            if config.profile.first and step == config.profile.first:
+                jax.profiler.start_trace(str(workdir / "profile"))
+            if alongside is not None and step % config.interactions.every == 0:
+                alongside.begin(step, state.params)
+            state, running = train_step(state, batch, feed.store, teaching)
+            step += 1
+            if step == first + 1:
+                jax.block_until_ready(running)
+                meter.restart(step)
+            meter.report()
+            if step % config.log_every == 0 or step == steps:
+                meter.note(step, running, alongside)
+            if config.profile.first and step == config.profile.first + config.profile.steps:
+                jax.block_until_ready(running)
+                jax.profiler.stop_trace()
+            evaluates = val is not None and (step % eval_every == 0 or step == steps)
+            stops = interrupt.asked(step) or step == end
+            if not (evaluates or stops or step % save_every == 0):
+                continue
+            # What is saved must be sound, so the log catches up first.
+            meter.report()
+            meter.check(running, step)
+            accuracy = judge("val", val, curve=True) if evaluates and val is not None else None
+            checkpoints.save(state, record, accuracy)
+            better = accuracy is not None and accuracy > best
+            if config.checkpoint.export == "last" or better or (val is None and stops):
+                export(workdir, state, model, preprocess, inputs.class_names, mesh)
+            best = max(best, -1.0 if accuracy is None else accuracy)
+            meter.restart(step)
+            if stops and step < steps:
+                log.say(f"stopped at step {step} of {steps}; run it again to go on")
+                break
+
+    # The end, and the test split, which is read once.
+    checkpoints.wait()
+    result.update(step=step, finished=step >= steps, done=step - first)
+    test = inputs.open_test() if step >= steps else None
+    if test is not None:
+        chosen = checkpoints.best_step() if config.checkpoint.export == "best" else None
+        if chosen is not None and chosen != step:
+            state = checkpoints.load(chosen, abstract)
+        judge("test", EvalFeed(test, config, mesh, preprocess))
+    draw(workdir, log)
+    checkpoints.close()
+    log.close()
+    return result
+
+
+def _writable(workdir: Path) -> Path:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".write-{jax.process_index()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--workdir {workdir}: {error.strerror or error}") from error
+    return workdir

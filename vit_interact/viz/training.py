@@ -1,0 +1,102 @@
+"""Pictures of a training run: its curves, and what it confuses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from vit_interact.layout import TokenLayout
+from vit_interact.viz.fields import draw_arrows, full_length
+from vit_interact.viz.style import shorten, styled
+
+_TRAIN, _VAL = "#4D4D4D", "#D55E00"
+
+
+@styled
+def draw_curves(lines: Sequence[Mapping[str, float]]) -> Figure:
+    """Loss, accuracy and learning rate against the step.
+
+    Args:
+      lines: of `metrics.jsonl`, each with `step` and figures such as `train/loss`.
+    """
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    loss, accuracy, rate = figure.subplots(1, 3)
+    for axes, name, unit in ((loss, "loss", "loss (nats)"), (accuracy, "accuracy", "top-1")):
+        _line(axes, lines, f"train/{name}", "training, as augmented", _TRAIN)
+        _line(axes, lines, f"val/{name}", "validation", _VAL, marker="o", markersize=3)
+        axes.set(xlabel="step", ylabel=unit)
+    if accuracy.lines:
+        accuracy.legend(loc="lower right")
+    accuracy.set_ylim(0, 1)
+    _line(rate, lines, "train/rate", "", _TRAIN)
+    rate.set(xlabel="step", ylabel="learning rate")
+    rate.set_ylim(bottom=0)
+    return figure
+
+
+def _line(
+    axes: Axes, lines: Sequence[Mapping[str, float]], name: str, label: str, color: str, **how: Any
+) -> None:
+    found = [(line["step"], line[name]) for line in lines if name in line]
+    if found:
+        axes.plot(*zip(*found, strict=True), label=label, color=color, **how)
+
+
+@styled
+def draw_confusion(figures: Mapping[str, Any], names: Sequence[str]) -> Figure:
+    """The share of each class (row) that got each prediction (column).
+
+    Args:
+      figures: of `Evaluation.compute`.
+      names: of the classes.
+    """
+    confusion = np.asarray(figures["confusion"])
+    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    count = len(names)
+    side = float(np.clip(2 + 0.16 * count, 5, 15))
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.imshow(shares, vmin=0, vmax=1, cmap="magma_r", interpolation="nearest")
+    axes.set(xlabel="predicted class", ylabel="class")
+    axes.set_title(f"top-1 {figures['accuracy']:.1%} of {figures['examples']:,} images", loc="left")
+    # Of names that would overlap, an even choice is shown.
+    ticks = np.arange(0, count, -(-count // 110))
+    shown = [shorten(names[i], 24) for i in ticks]
+    size = float(np.clip(500 / len(ticks), 5, 9))
+    axes.set_xticks(ticks, shown, rotation=90, fontsize=size)
+    axes.set_yticks(ticks, shown, fontsize=size)
+    figure.colorbar(drawn, label="share of the class", shrink=0.7)
+    return figure
+
+
+@styled
+def draw_tendency(picture: np.ndarray, arrows: np.ndarray, layout: TokenLayout) -> Figure:
+    """Where the patches of one image lean, in the first, the middle and the last layer.
+
+    Args:
+      picture: uint8 `[h, w, 3]`.
+      arrows: tendency `[L, P, 2]`, (row, col) in patches; NaN for patches without a field.
+      layout: the grid of patches.
+    """
+    picture, arrows = np.asarray(picture), np.asarray(arrows)
+    depth, rows, cols = len(arrows), layout.rows, layout.cols
+    height, width = picture.shape[:2]
+    layers = sorted({0, depth // 2, depth - 1})
+    figure = Figure(figsize=(3.6 * len(layers) + 0.4, 4.1), layout="constrained")
+    panels = figure.subplots(1, len(layers), squeeze=False)[0]
+    for axes, layer in zip(panels, layers, strict=True):
+        axes.imshow(picture // 2 + 128)
+        full = full_length(arrows[layer])
+        _, shrink = draw_arrows(
+            axes, arrows[layer], rows, cols, full, stride=-(-max(rows, cols) // 20),
+            unit=(height / rows, width / cols),
+        )  # fmt: skip
+        axes.set_title(f"layer {layer}: arrows x {shrink:.2g}")
+        axes.set_xlabel(f"full colour from {full:.2g} patches")
+        axes.set(xticks=[], yticks=[])
+    figure.suptitle("Tendency of each patch's field")
+    return figure
