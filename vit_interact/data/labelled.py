@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -22,16 +22,17 @@ _SPLITS = {
 }
 
 
+@runtime_checkable
 class Labelled(Protocol):
-    """Random access to labelled photographs; threads and worker processes may share it.
+    """Random access to labelled photographs; threads and worker processes may share it."""
 
-    Attributes:
-      class_names: of the labels.
-      labels: class number of each photograph, or None where only reading tells.
-    """
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of the labels."""
 
-    class_names: tuple[str, ...]
-    labels: np.ndarray | None
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Class number of each photograph, or None where only reading tells."""
 
     def __len__(self) -> int: ...
 

@@ -49,6 +49,7 @@ def _main(argv: Sequence[str]) -> None:
 
     if _DISTRIBUTED.value or _COORDINATOR.value:
         jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    assert _WORKDIR.value is not None
     try:
         train(_CONFIG.value, _WORKDIR.value, watch=watched("decoding"))
     except (ValueError, OSError) as error:

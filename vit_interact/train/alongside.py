@@ -165,5 +165,7 @@ class Alongside:
         figures = {f"{name}_kernel": draw_kernel(dataset, name) for name in self.design.indicators}
         figures["fields"] = draw_fields(dataset)
         for name, arrows in watched.arrows.items():
-            figures[f"{name}_arrows"] = draw_tendency(watched.picture, arrows, self.design.layout)
+            figures[f"{name}_arrows"] = draw_tendency(
+                np.asarray(watched.picture), np.asarray(arrows), self.design.layout
+            )
         return {f"interactions/{name}": pixels(one, 80) for name, one in figures.items()}

@@ -72,6 +72,12 @@ class Checkpoints:
         """Steps that have a whole checkpoint, newest first."""
         return sorted(self._manager.all_steps(), reverse=True)
 
+    def newest(self) -> str:
+        """The newest whole checkpoint, in words."""
+        self.wait()
+        steps = self.steps()
+        return str(self.folder / str(steps[0])) if steps else "none: there was none yet"
+
     def best_step(self) -> int | None:
         """The step of highest validation accuracy that is kept; the earliest of equals."""
         found = []

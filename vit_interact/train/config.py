@@ -162,21 +162,23 @@ def check_config(config: ConfigDict) -> None:
     Raises:
       ValueError: in one line, naming the setting and what it should be.
     """
-    _check_keys(config, default_config(), "config")
+    # A ConfigDict is no Mapping.
+    given = config.to_dict()
+    _check_keys(given, default_config().to_dict(), "config")
     for name, known in CHOICES.items():
-        if (value := _get(config, name)) not in known:
+        if (value := _get(given, name)) not in known:
             raise ValueError(f"config.{name}={value!r}: expected one of {', '.join(known)}")
     for name in ("batch_size", "log_every", "optimizer.accumulate", "checkpoint.keep_last"):
-        if _get(config, name) < 1:
-            raise ValueError(f"config.{name}={_get(config, name)}: expected at least 1")
+        if _get(given, name) < 1:
+            raise ValueError(f"config.{name}={_get(given, name)}: expected at least 1")
     for name in ("loss.smoothing", "ema", "distill.weight", "data.holdout"):
-        if not 0 <= _get(config, name) < 1 and not (
-            name == "distill.weight" and _get(config, name) == 1
+        if not 0 <= _get(given, name) < 1 and not (
+            name == "distill.weight" and _get(given, name) == 1
         ):
-            raise ValueError(f"config.{name}={_get(config, name)}: expected a share in [0, 1)")
+            raise ValueError(f"config.{name}={_get(given, name)}: expected a share in [0, 1)")
     for name in ("optimizer.layer_decay", "schedule.rate", "distill.temperature"):
-        if _get(config, name) <= 0:
-            raise ValueError(f"config.{name}={_get(config, name)}: expected more than 0")
+        if _get(given, name) <= 0:
+            raise ValueError(f"config.{name}={_get(given, name)}: expected more than 0")
     if not config.steps and config.epochs <= 0:
         raise ValueError("config.epochs and config.steps are 0: how long shall it run?")
     if config.batch_size % config.optimizer.accumulate:

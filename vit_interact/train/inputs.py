@@ -156,14 +156,14 @@ class Feed:
         else:
             self._picture = functools.partial(_augmented, plan=plan, size=size)
         workers = default_workers() if data.workers < 0 else data.workers
-        self._source = source
+        self._source: Labelled = source
         if data.cache != "none":
-            self._source = Kept(source, side, data.threads, watch)
+            self._source = kept = Kept(source, side, data.threads, watch)
             if data.corrupt == "error":
-                for index in range(len(self._source)):
-                    self._source.read(index)
+                for index in range(len(kept)):
+                    kept.read(index)
             if data.cache == "device":
-                self.store = jax.device_put(self._source.stretched(self._size), replicated(mesh))
+                self.store = jax.device_put(kept.stretched(self._size), replicated(mesh))
                 self._picture = None
             # Sending them to worker processes would copy them all.
             workers = 0
@@ -234,7 +234,7 @@ class EvalFeed:
         [batch] = self._read(size, Part(self._source, np.arange(count)))
         return put_batch(self.mesh, batch)
 
-    def _local(self) -> Iterator[Mapping[str, np.ndarray]]:
+    def _local(self) -> Iterator[dict[str, np.ndarray]]:
         if self._kept is not None:
             yield from self._kept
             return

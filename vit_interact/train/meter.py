@@ -7,7 +7,7 @@ import functools
 import math
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -38,6 +38,8 @@ class Meter:
         batch_size: int,
         steps: int,
         steps_per_epoch: float,
+        devices: int,
+        last_good: Callable[[], str],
     ) -> None:
         """Begins.
 
@@ -49,11 +51,13 @@ class Meter:
           batch_size: of all processes.
           steps: of the whole run.
           steps_per_epoch: may be a fraction.
+          devices: how many.
+          last_good: names the newest checkpoint.
         """
         self.log, self.steps, self.batch_size = log, steps, batch_size
-        self.epoch = steps_per_epoch
+        self.epoch, self._last_good = steps_per_epoch, last_good
         self.flops = speed.step_flops(model.config, frozen) * batch_size
-        self.peak, self.peak_from = speed.peak_flops()
+        self.peak, self.peak_from = speed.peak_flops(devices)
         # All at once: asked step by step, the device would finish its queue first.
         self._rates = np.broadcast_to(np.asarray(schedule(np.arange(steps))), (steps,))
         self._pending: tuple[int, Running, Alongside | None] | None = None
@@ -122,7 +126,10 @@ class Meter:
         for what, sum_ in (("loss", running.loss), ("gradient", running.grad_norm)):
             value = float(sum_.total)
             if not math.isfinite(value):
-                raise DivergedError(f"the {what} became {value} at or shortly before step {step}")
+                raise DivergedError(
+                    f"the {what} became {value} at or shortly before step {step}; the last good "
+                    f"checkpoint is {self._last_good()}"
+                )
 
     def _say(self, step: int, figures: dict[str, float]) -> None:
         text = (
@@ -142,9 +149,8 @@ class Meter:
         if taken is None:
             return
         step, watched = taken
-        self.log.write(
-            step, {**alongside.scalars(watched), "interactions/seconds": alongside.seconds}
-        )
+        cost = {"interactions/seconds": alongside.seconds or 0.0}
+        self.log.write(step, {**alongside.scalars(watched), **cost})
         self.log.write_histograms(step, alongside.histograms(watched))
         self.log.write_images(step, functools.partial(alongside.pictures, step, watched))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -30,18 +31,25 @@ _TENSOR = (
 )
 
 
-def make_mesh(strategy: str = "replicate", fsdp: int = 0, model: int = 0) -> Mesh:
+def make_mesh(
+    strategy: str = "replicate",
+    fsdp: int = 0,
+    model: int = 0,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
     """The mesh of all devices of all processes.
 
     Args:
       strategy: `replicate`, `fsdp` or `tensor`.
       fsdp: devices along that axis; 0 takes all that are left under `fsdp`, else 1.
       model: devices along that axis; 0 takes all that are left under `tensor`, else 1.
+      devices: to use instead of all.
 
     Raises:
       ValueError: when the axes do not divide the devices.
     """
-    count = jax.device_count()
+    devices = jax.devices() if devices is None else list(devices)
+    count = len(devices)
     model = model or (count // max(fsdp, 1) if strategy == "tensor" else 1)
     fsdp = fsdp or (count // model if strategy == "fsdp" else 1)
     data, rest = divmod(count, fsdp * model)
@@ -52,7 +60,8 @@ def make_mesh(strategy: str = "replicate", fsdp: int = 0, model: int = 0) -> Mes
         )
     # Explicit axes break linen at the class token.
     kinds = (AxisType.Auto,) * 3
-    return jax.make_mesh((data, fsdp, model), ("data", "fsdp", "model"), axis_types=kinds)
+    names = ("data", "fsdp", "model")
+    return jax.make_mesh((data, fsdp, model), names, axis_types=kinds, devices=devices)
 
 
 def check_mesh(mesh: Mesh, batch_size: int, parts: int, heads: int) -> None:

@@ -47,12 +47,12 @@ def forward_flops(config: ViTConfig) -> float:
     return 2.0 * (embedding + config.depth * block + head)
 
 
-def peak_flops() -> tuple[float, str]:
-    """Peak of all devices together in FLOP/s, and where the figure is from.
+def peak_flops(count: int) -> tuple[float, str]:
+    """Peak of so many devices together in FLOP/s, and where the figure is from.
 
     A device that is not in the table is measured by a matrix product.
     """
-    kind, count = jax.devices()[0].device_kind, jax.device_count()
+    kind = jax.devices()[0].device_kind
     for name in sorted(_PEAKS, key=len, reverse=True):
         if name.lower() in kind.lower():
             return _PEAKS[name] * count, f"bf16 data sheet of {name}"

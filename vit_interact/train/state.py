@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from clu import metrics
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from vit_interact.models.vit import ViT
 from vit_interact.train.sharding import state_sharding
@@ -38,19 +38,19 @@ def no_metrics() -> Running:
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """A run between two steps.
+    """A run between two steps. A pytree: shapes and shardings may stand in its leaves, too.
 
     Random keys and the data's position follow from the seed and `step`, so they are not here.
 
     Attributes:
-      step: steps done.
+      step: steps done, int32.
       params: parameters, float32.
       opt_state: optax's.
       ema: averaged parameters, or None.
       running: sums for the log.
     """
 
-    step: Int[Array, ""]
+    step: Any
     params: Any
     opt_state: Any
     ema: Any

@@ -98,12 +98,9 @@ def make_train_step(recipe: Recipe) -> Callable[..., tuple[TrainState, Running]]
                 params,
                 recipe.frozen,
             )
-            logits = recipe.model.apply(
-                {"params": params},
-                images,
-                train=True,
-                rngs={"dropout": jax.random.fold_in(keys[3], number)},
-            ).astype(jnp.float32)
+            dropout = {"dropout": jax.random.fold_in(keys[3], number)}
+            outputs: Any = recipe.model.apply({"params": params}, images, train=True, rngs=dropout)
+            logits = outputs.astype(jnp.float32)
             losses = _losses(recipe, logits, targets, images, teaching)
             right = jnp.argmax(logits, -1) == jnp.argmax(targets[:, :-1], -1)
             return jnp.sum(losses) / count, jnp.sum(right * targets[:, -1]) / count
@@ -126,7 +123,7 @@ def make_train_step(recipe: Recipe) -> Callable[..., tuple[TrainState, Running]]
         here = Running(
             loss=metrics.Average(total=loss * count, count=count),
             accuracy=metrics.Average(total=accuracy * count, count=count),
-            grad_norm=metrics.Average(total=optax.global_norm(grads), count=one),
+            grad_norm=metrics.Average(total=optax.tree.norm(grads), count=one),
             unread=metrics.Average(
                 total=jnp.sum(1.0 - batch["mask"].astype(jnp.float32)), count=one
             ),
@@ -145,7 +142,7 @@ def make_train_step(recipe: Recipe) -> Callable[..., tuple[TrainState, Running]]
 
 def _prepare(
     recipe: Recipe, batch: Batch, store: Any, keys: Array
-) -> tuple[Float[Array, "B h w 3"], Float[Array, "B classes+1"]]:
+) -> tuple[Float[Array, "B h w 3"], Float[Array, "B targets"]]:
     """Normalised images and their targets; the targets' last column is how much of one counts."""
     plan, size = recipe.augment, recipe.model.config.image_size
     pixels = batch["pictures"] if store is None else store[batch["indices"]]
@@ -164,7 +161,7 @@ def _prepare(
 def _losses(
     recipe: Recipe,
     logits: Float[Array, "B classes"],
-    targets: Float[Array, "B classes+1"],
+    targets: Float[Array, "B targets"],
     images: Float[Array, "B h w 3"],
     teaching: Any,
 ) -> Float[Array, " B"]:
@@ -181,7 +178,7 @@ def _losses(
         return losses
     ours, theirs = recipe.preprocess, teacher.preprocess
     pixels = images * jnp.asarray(ours.std) + jnp.asarray(ours.mean)
-    taught = teacher.model.apply(
+    taught: Any = teacher.model.apply(
         {"params": teaching}, (pixels - jnp.asarray(theirs.mean)) / jnp.asarray(theirs.std)
     )
     taught = jax.lax.stop_gradient(taught.astype(jnp.float32))
@@ -221,7 +218,8 @@ def make_eval_step(model: ViT, preprocess: Preprocess) -> Callable[..., Evaluati
     """The step `(parameters, batch) -> sums of this batch`."""
 
     def eval_step(params: Any, batch: Batch) -> Evaluation:
-        logits = model.apply({"params": params}, preprocess.normalize(batch["pictures"]))
+        images = preprocess.normalize(batch["pictures"])
+        logits: Any = model.apply({"params": params}, images)
         return Evaluation.of(logits.astype(jnp.float32), batch["labels"], batch["mask"])
 
     return eval_step

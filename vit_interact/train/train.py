@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ def train(
     workdir: str | Path,
     data: Mapping[str, Labelled] | None = None,
     watch: Watch = lambda items, total: items,
+    devices: Sequence[jax.Device] | None = None,
 ) -> dict[str, Any]:
     """Trains, or goes on with what is in the workdir.
 
@@ -44,6 +45,7 @@ def train(
       data: splits by name in memory or of your own making (see `data.labelled.Labelled`), instead
         of `config.data.source`.
       watch: gets photographs that are decoded in advance and their number, and gives them on.
+      devices: to train on instead of all.
 
     Returns:
       `step`, `finished`, and the last figures of `val` and `test`, where there are such splits.
@@ -58,7 +60,8 @@ def train(
     inputs = Inputs(config, data)
     start = choose_start(config, inputs.class_names)
     model, preprocess = start.model, start.preprocess
-    mesh = make_mesh(config.sharding.strategy, config.sharding.fsdp, config.sharding.model)
+    sharding = config.sharding
+    mesh = make_mesh(sharding.strategy, sharding.fsdp, sharding.model, devices)
     check_mesh(mesh, config.batch_size, config.optimizer.accumulate, model.config.heads)
     teacher = load_teacher(config, model, inputs.class_names)
     augment = make_augment(config.augment)
@@ -75,11 +78,12 @@ def train(
     checkpoints = Checkpoints(workdir, config.checkpoint.keep_last, config.checkpoint.keep_best)
     abstract = abstract_state(model, optimizer, mesh, config.ema > 0)
     record = describe(as_json(config), model, preprocess, inputs, steps)
-    state = checkpoints.resume(abstract, record["config"], config.on_change)
-    if state is None:
+    found = checkpoints.resume(abstract, record["config"], config.on_change)
+    if found is None:
         lines = start.lines
         state = create_state(model, optimizer, mesh, config.seed, config.ema > 0, start.params)
     else:
+        state = found
         lines = (f"going on from step {int(state.step)} in {workdir}",)
         checkpoints.drop_after(int(state.step))
     step = first = int(state.step)
@@ -129,7 +133,9 @@ def train(
     if config.interactions.every:
         shown = EvalFeed(inputs.val or inputs.train, config, mesh, preprocess)
         alongside = Alongside.of(config.interactions, model, preprocess, mesh, shown)
-    meter = Meter(log, model, frozen, schedule, config.batch_size, steps, epoch)
+    meter = Meter(
+        log, model, frozen, schedule, config.batch_size, steps, epoch, mesh.size, checkpoints.newest
+    )
     each_epoch = math.ceil(epoch)
     save_every = config.checkpoint.every or each_epoch
     eval_every = config.eval.every or each_epoch

@@ -17,7 +17,7 @@ _TRAIN, _VAL = "#4D4D4D", "#D55E00"
 
 
 @styled
-def draw_curves(lines: Sequence[Mapping[str, float]]) -> Figure:
+def draw_curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
     """Loss, accuracy and learning rate against the step.
 
     Args:
@@ -39,9 +39,9 @@ def draw_curves(lines: Sequence[Mapping[str, float]]) -> Figure:
 
 
 def _line(
-    axes: Axes, lines: Sequence[Mapping[str, float]], name: str, label: str, color: str, **how: Any
+    axes: Axes, lines: Sequence[Mapping[str, Any]], name: str, label: str, color: str, **how: Any
 ) -> None:
-    found = [(line["step"], line[name]) for line in lines if name in line]
+    found = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
     if found:
         axes.plot(*zip(*found, strict=True), label=label, color=color, **how)
 
@@ -65,7 +65,7 @@ def draw_confusion(figures: Mapping[str, Any], names: Sequence[str]) -> Figure:
     axes.set_title(f"top-1 {figures['accuracy']:.1%} of {figures['examples']:,} images", loc="left")
     # Of names that would overlap, an even choice is shown.
     ticks = np.arange(0, count, -(-count // 110))
-    shown = [shorten(names[i], 24) for i in ticks]
+    shown = [shorten(names[i], 24) for i in ticks.tolist()]
     size = float(np.clip(500 / len(ticks), 5, 9))
     axes.set_xticks(ticks, shown, rotation=90, fontsize=size)
     axes.set_yticks(ticks, shown, fontsize=size)
@@ -82,7 +82,6 @@ def draw_tendency(picture: np.ndarray, arrows: np.ndarray, layout: TokenLayout) 
       arrows: tendency `[L, P, 2]`, (row, col) in patches; NaN for patches without a field.
       layout: the grid of patches.
     """
-    picture, arrows = np.asarray(picture), np.asarray(arrows)
     depth, rows, cols = len(arrows), layout.rows, layout.cols
     height, width = picture.shape[:2]
     layers = sorted({0, depth // 2, depth - 1})
