@@ -11,16 +11,9 @@ VERSION = re.search(
 ).group(1)
 
 EXTRAS = {
-    # clu's metric writers need TensorFlow, nothing else of ours does.
-    "train": [
-        "clu",
-        "grain",
-        "ml-collections",
-        "optax",
-        "orbax-checkpoint",
-        "tensorflow",
-        "tensorflow-datasets",
-    ],
+    # TensorFlow reads data sets prepared as TFRecord and is what clu's metric writers need; training
+    # from folders, arrays and ArrayRecord does without.
+    "train": ["array_record", "tensorflow", "tensorflow-datasets"],
     # Reads data sets that are prepared as ArrayRecord, without TensorFlow. TFDS 4.9.10 needs
     # importlib_resources to prepare one and does not say so.
     "tfds": ["array_record", "importlib_resources", "tensorflow-datasets"],
@@ -60,15 +53,21 @@ setup(
         ]
     },
     install_requires=[
+        "clu",
         "flax>=0.10.7",
+        "grain>=0.2.10",
         "jax>=0.7",
         "jaxtyping>=0.3",
         "jinja2",
         "matplotlib>=3.9",
+        "ml-collections",
         "numpy",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.20",
         "pillow>=10.1",
         "rich",
         "safetensors",
+        "tensorboardX",
         "typer>=0.12",
         "xarray>=2024.10",
         "zarr>=3",

@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
 
     config.model.name = "vit_ti16"
     config.model.image_size = (32, 32)
-    config.model.fields = ConfigDict({"patch_size": (2, 2), "stochastic_depth": 0.1})
+    config.model.fields.update({"patch_size": (2, 2), "stochastic_depth": 0.1})
     config.model.dtype = "bfloat16"
     config.optimizer.weight_decay = 0.05
     config.schedule.rate = 1e-3

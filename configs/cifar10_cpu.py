@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
 
     config.model.name = "vit_ti16"
     config.model.image_size = (32, 32)
-    config.model.fields = ConfigDict(
+    config.model.fields.update(
         {"patch_size": (4, 4), "width": 128, "depth": 6, "heads": 4, "mlp_dim": 512}
     )
     config.schedule.rate = 1e-3

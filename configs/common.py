@@ -30,7 +30,7 @@ def imagenet(name: str, epochs: int) -> ConfigDict:
     config.data.interpolation = "bicubic"
     config.model.name = name
     config.model.dtype = "bfloat16"
-    config.model.fields = ConfigDict({"stochastic_depth": 0.1})
+    config.model.fields.update({"stochastic_depth": 0.1})
     config.batch_size = 1024
     config.epochs = float(epochs)
     config.log_every = 100
@@ -54,7 +54,7 @@ def finetune(source: str, train: str = "train", test: str = "test") -> ConfigDic
     config.data.holdout = 0.1
     config.model.name = ""
     config.model.dtype = "bfloat16"
-    config.model.fields = ConfigDict({"stochastic_depth": 0.1})
+    config.model.fields.update({"stochastic_depth": 0.1})
     config.batch_size = 128
     config.epochs = 40.0
     config.log_every = 20

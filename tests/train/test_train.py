@@ -126,7 +126,8 @@ def test_a_run_starts_from_another_with_a_new_head_and_resolution(run, tmp_path)
     fewer = type(fewer)(fewer.images, fewer.labels % 2, ("even", "odd"))
     settings = tiny.config(
         init=str(workdir), model__name="", model__image_size=(24, 24), data__val="", steps=2,
-        model__fields={}, optimizer__freeze=r"^(embedding|Transformer/encoderblock_0)",
+        model__fields=dict.fromkeys(tiny.FIELDS),
+        optimizer__freeze=r"^(embedding|Transformer/encoderblock_0)",
     )  # fmt: skip
     before = vi.load_checkpoint(workdir).params
     train(settings, tmp_path, {"train": fewer}, devices=TWO)

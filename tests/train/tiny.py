@@ -33,7 +33,7 @@ def config(**changes):
     found.augment.crop = (0.6, 1.0)
     found.model.name = "vit_ti16"
     found.model.image_size = (16, 16)
-    found.model.fields = FIELDS
+    found.model.fields.update(FIELDS)
     found.schedule.rate = 3e-3
     found.eval.every = 1000
     found.checkpoint.every = 1000
@@ -42,5 +42,23 @@ def config(**changes):
         place = found
         for folder in folders:
             place = place[folder]
-        place[name] = value
+        if isinstance(value, dict):
+            with place[name].unlocked():
+                place[name].update(value)
+        else:
+            place[name] = value
     return found
+
+
+def get_config():
+    """For the command line, where `save` has written the data."""
+    return config()
+
+
+def save(path):
+    """The data as a `.npz` file."""
+    arrays = {"class_names": np.array(NAMES)}
+    for split, found in data().items():
+        arrays |= {f"{split}_images": found.images, f"{split}_labels": found.labels}
+    np.savez(path, **arrays)
+    return path

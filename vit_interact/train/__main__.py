@@ -14,9 +14,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from absl import app, flags
 from ml_collections import config_flags
+
+from vit_interact.train import config as defaults
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/; --config.NAME=VALUE changes a setting."
@@ -58,7 +61,22 @@ def _main(argv: Sequence[str]) -> None:
         _fail("interrupted; the last checkpoint is kept: run it again to go on")
 
 
-def _fail(message: object) -> None:
+def _parse(argv: Sequence[str]) -> list[str]:
+    """Flags, with a line of our own for settings that do not exist or have another type."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        # Without flags absl shows how the command is used, which is right.
+        print(f"error: {' '.join(str(error).split())}; see --help", file=sys.stderr)
+    except (AttributeError, KeyError) as error:
+        name = str(error).strip("\"'")
+        _fail(f"no setting is called '{name}'; all are in {defaults.__file__}")
+    except (TypeError, ValueError, OSError) as error:
+        _fail(error)
+    raise SystemExit(1)
+
+
+def _fail(message: object) -> NoReturn:
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(1)
 
@@ -66,7 +84,7 @@ def _fail(message: object) -> None:
 def main() -> None:
     """Runs the command line."""
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(_main)
+    app.run(_main, flags_parser=_parse)
 
 
 if __name__ == "__main__":

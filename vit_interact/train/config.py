@@ -6,12 +6,16 @@ command line changes the rest: `--config.optimizer.name=lion`.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from vit_interact.models.config import ViTConfig
 
 # Settings that may differ when a run goes on: they change no number that the run computes.
 FREE = (
@@ -91,8 +95,8 @@ def default_config() -> ConfigDict:
     config.model = ConfigDict()
     config.model.name = "vit_s16"  # of vi.list_models(); "" takes the architecture of `init`
     config.model.image_size = (224, 224)
-    # Any other fields of ViTConfig: width, depth, patch_size, dropout, stochastic_depth, scan ...
-    config.model.fields = ConfigDict()
+    # Any other fields of ViTConfig; None keeps the architecture's own.
+    config.model.fields = _fields()
     config.model.dtype = "float32"  # of computation; "bfloat16" on accelerators
 
     config.optimizer = ConfigDict()
@@ -154,6 +158,16 @@ def default_config() -> ConfigDict:
     config.profile.first = 0  # step to begin a trace at; 0 for none
     config.profile.steps = 5
     return config.lock()
+
+
+def _fields() -> ConfigDict:
+    """A place for each field of ViTConfig that has no setting of its own, with its type."""
+    fields = ConfigDict()
+    for field in dataclasses.fields(ViTConfig):
+        if field.name not in ("image_size", "num_classes", "dtype"):
+            kind = float if field.default is None else type(field.default)
+            fields[field.name] = placeholder(kind)
+    return fields
 
 
 def check_config(config: ConfigDict) -> None:

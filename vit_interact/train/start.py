@@ -80,8 +80,9 @@ def _load(
 
 
 def _plain(fields: Any) -> dict[str, Any]:
-    """Fields of ViTConfig; ConfigDict's lists are tuples there."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    """Fields of ViTConfig that are given; ConfigDict's lists are tuples there."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
 
 
 def _preprocess(config: Any, found: Preprocess) -> Preprocess:
