@@ -11,8 +11,8 @@ VERSION = re.search(
 ).group(1)
 
 EXTRAS = {
-    # TensorFlow reads data sets prepared as TFRecord and is what clu's metric writers need; training
-    # from folders, arrays and ArrayRecord does without.
+    # TensorFlow is what TFDS prepares most data sets with and clu writes TensorBoard with; training
+    # does without.
     "train": ["array_record", "tensorflow", "tensorflow-datasets"],
     # Reads data sets that are prepared as ArrayRecord, without TensorFlow. TFDS 4.9.10 needs
     # importlib_resources to prepare one and does not say so.

@@ -1,6 +1,7 @@
 """Data sets of TensorFlow Datasets, read without TensorFlow."""
 
 import json
+import struct
 import sys
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.data.prepared import PIXELS, encode, pets, prepare
+from vit_interact.data.images import ImageError
 from vit_interact.data.preprocess import Preprocess
 from vit_interact.data.records import Records
 from vit_interact.data.sources import open_examples, read_batches
@@ -66,10 +68,45 @@ def test_what_does_not_fit(folder):
             open_examples(data, names, outputs)
         assert "\n" not in str(caught.value)
     info = json.loads((path / "dataset_info.json").read_text())
-    (path / "dataset_info.json").write_text(json.dumps({**info, "fileFormat": "tfrecord"}))
-    message = f"stored as tfrecord.*tfds convert_format --dataset_version_dir={path} "
+    (path / "dataset_info.json").write_text(json.dumps({**info, "fileFormat": "riegeli"}))
+    message = f"stored as riegeli.*tfds convert_format --dataset_version_dir={path} "
     with pytest.raises(ValueError, match=message):
         open_examples("tfds:pets", None, 2)
+
+
+def as_tfrecord(path):
+    """Rewrites a data set in TFDS's older format, as TensorFlow would frame it."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    for file in path.glob("*.array_record*"):
+        records = ArrayRecordDataSource(str(file))
+        framed = b"".join(
+            struct.pack("<Q", len(record)) + b"head" + record + b"tail"
+            for record in (records[i] for i in range(len(records)))
+        )
+        file.with_name(file.name.replace("array_record", "tfrecord")).write_bytes(framed)
+        file.unlink()
+    text = (path / "dataset_info.json").read_text().replace("array_record", "tfrecord")
+    (path / "dataset_info.json").write_text(text)
+
+
+def test_tfrecord_files_give_the_same_without_tensorflow(folder):
+    path = pets(folder)
+    names = ("tfds:pets:validation", "tfds:pets:validation[2:5]")
+    before = [[Records(name)[i] for i in range(len(Records(name)))] for name in names]
+    assert [len(found) for found in before] == [6, 3]
+    as_tfrecord(path)
+    assert before == [[Records(name)[i] for i in range(len(Records(name)))] for name in names]
+    assert "tensorflow" not in sys.modules
+    with pytest.raises(IndexError):
+        Records(names[0])[6]
+    [file] = path.glob("*validation*")
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(ImageError, match=r"has 5 whole records, not 6"):
+        Records(names[0])[5]
+    file.unlink()
+    with pytest.raises(ValueError, match="not on a disk of this machine"):
+        Records(names[0])
 
 
 def test_splits_and_labels_that_are_not_clear(folder):

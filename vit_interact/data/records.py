@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vit_interact.data.images import ImageError
+from vit_interact.data.tfrecord import Piece, TFRecords
 
 PREFIX = "tfds:"
 # Taken in this order when no split is named: ImageNet's `test` has no labels.
@@ -56,11 +57,13 @@ class Records:
         label = _feature(data, info, 1, tfds.features.ClassLabel)
         self.class_names = tuple(info.features[label].names)
         self._keys = image, label
+        # Encoded images: decoded by TFDS they would need TensorFlow for some formats.
+        decoders = {image: tfds.decode.SkipDecoding()}
         try:
-            # Encoded images: decoded by TFDS they would need TensorFlow for some formats.
-            self._source = builder.as_data_source(
-                split, decoders={image: tfds.decode.SkipDecoding()}
-            )
+            if info.file_format == tfds.core.FileFormat.TFRECORD:
+                self._source = _Examples(info, split, decoders)
+                return
+            self._source = builder.as_data_source(split, decoders=decoders)
         except NotImplementedError as error:
             raise ValueError(
                 f"{data} is stored as {info.file_format.value}, which has no random access. "
@@ -89,6 +92,31 @@ class Records:
         if label < 0:
             raise ValueError(f"{self.name}/{index} has no label: choose a split with labels")
         return image, int(label)
+
+
+class _Examples:
+    """A split that is stored as TFRecord, by index."""
+
+    def __init__(self, info: Any, split: str, decoders: dict[str, Any]) -> None:
+        self._features, self._decoders = info.features, decoders
+        pieces = [
+            Piece(os.fspath(one.filename), one.skip, one.take)
+            for one in info.splits[split].file_instructions
+        ]
+        for piece in pieces:
+            if not os.path.exists(piece.path):
+                raise ValueError(
+                    f"{piece.path} is not on a disk of this machine; TFRecord files are read from "
+                    "disks only: copy or mount them, or convert them to ArrayRecord"
+                )
+        self._records = TFRecords(pieces)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self._records[index]
+        return dict(self._features.deserialize_example_np(record, decoders=self._decoders))
 
 
 def _import() -> Any:
