@@ -13,7 +13,7 @@ VERSION = re.search(
 EXTRAS = {
     # TensorFlow is what TFDS prepares most data sets with and clu writes TensorBoard with; training
     # does without.
-    "train": ["array_record", "tensorflow", "tensorflow-datasets"],
+    "train": ["array_record", "importlib_resources", "tensorflow", "tensorflow-datasets"],
     # Reads data sets that are prepared as ArrayRecord, without TensorFlow. TFDS 4.9.10 needs
     # importlib_resources to prepare one and does not say so.
     "tfds": ["array_record", "importlib_resources", "tensorflow-datasets"],
