@@ -74,6 +74,7 @@ def test_a_finished_run_opens_as_a_model(run):
     assert right == pytest.approx(best)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_exactly_from_any_checkpoint(run, tmp_path):
     workdir, settings, _ = run
     for step in (6, 9):
@@ -87,6 +88,7 @@ def test_a_run_goes_on_exactly_from_any_checkpoint(run, tmp_path):
         assert losses(copy) == losses(workdir)
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(run, tmp_path):
     workdir, settings, _ = run
     copy = tmp_path / "run"
@@ -120,6 +122,7 @@ def test_evaluation_only(run):
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_another_with_a_new_head_and_resolution(run, tmp_path):
     workdir, _, _ = run
     fewer = tiny.pictures()
@@ -164,12 +167,14 @@ def test_eight_devices_give_the_curve_of_one(changes, one_device, tmp_path):
         assert found[step] == pytest.approx(loss, abs=1e-4), step
 
 
+@pytest.mark.slow
 def test_diverging_runs_stop_and_name_the_last_good_checkpoint(tmp_path):
     settings = tiny.config(schedule__rate=1e38, optimizer__clip=0.0, checkpoint__every=1)
     with pytest.raises(DivergedError, match=r"last good checkpoint is .*checkpoints/1"):
         train(settings, tmp_path, tiny.data())
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_ends_and_the_run_goes_on(tmp_path, one_device):
     def interrupt():
         while len(losses(tmp_path)) < 2:

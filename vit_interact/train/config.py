@@ -56,7 +56,7 @@ def default_config() -> ConfigDict:
     config.stop_after = 0  # end this session cleanly at that step; 0 runs to the end
 
     config.data = ConfigDict()
-    config.data.source = ""  # folder, tfds:NAME or .npz; see docs/data.md
+    config.data.source = ""  # folder, tfds:NAME or .npz; see docs/training.md
     config.data.train = "train"
     config.data.val = ""  # split that choices are made on
     config.data.test = ""  # split that is read once, after training

@@ -56,7 +56,7 @@ def train(
     """
     # What is asked for, and whether it can be done.
     check_config(config)
-    workdir = _writable(Path(workdir))
+    workdir = _writable(workdir)
     inputs = Inputs(config, data)
     start = choose_start(config, inputs.class_names)
     model, preprocess = start.model, start.preprocess
@@ -193,7 +193,10 @@ def train(
     return result
 
 
-def _writable(workdir: Path) -> Path:
+def _writable(name: str | Path) -> Path:
+    if "://" in str(name):
+        raise ValueError(f"--workdir {name}: expected a folder on a disk or a mounted bucket")
+    workdir = Path(name)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".write-{jax.process_index()}"

@@ -1,0 +1,151 @@
+"""Images/s of the data path alone, of the training step, and what the indicator alongside adds.
+
+    python -m benchmarks.training [--json] [--model vit_ti16] [--size 112] [--batch-size 32]
+
+The data path reads the embedded photographs again and again: decoded each time or kept in memory,
+with augmentation by the host and without, and with it by the device. Then training steps and
+indicator runs take turns in one process; medians are printed, and the share of a step that the
+indicator costs when it runs every 100 steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+import vit_interact as vi
+from vit_interact.data.preprocess import Preprocess
+from vit_interact.data.samples import sample_weights
+from vit_interact.train.alongside import Alongside
+from vit_interact.train.config import default_config
+from vit_interact.train.inputs import EvalFeed, Feed, Inputs, make_augment
+from vit_interact.train.optimizer import make_optimizer, make_schedule, matches
+from vit_interact.train.sharding import make_mesh
+from vit_interact.train.state import create_state, param_shapes
+from vit_interact.train.step import Recipe, make_train_step
+
+EVERY = 100
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="vit_ti16")
+    parser.add_argument("--size", type=int, default=112)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    found: dict[str, Any] = {
+        "device": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}",
+        "cores": os.cpu_count(),
+        "jax": jax.__version__,
+        "model": f"{options.model}, {options.size} pixels, {options.dtype}",
+        "batch_size": options.batch_size,
+    }
+    config = _config(options)
+    found |= _data_path(config, options.repeats)
+    found |= _steps(config, options.repeats)
+    if options.json:
+        print(json.dumps(found))
+    else:
+        for name, value in found.items():
+            print(f"{name:46s} {value:.4g}" if isinstance(value, float) else f"{name:46s} {value}")
+
+
+def _config(options: argparse.Namespace) -> Any:
+    config = default_config()
+    config.data.source = str(sample_weights().parent / "caltech101")
+    config.batch_size = options.batch_size
+    config.model.name, config.model.dtype = options.model, options.dtype
+    config.model.image_size = (options.size, options.size)
+    config.interactions.images = options.batch_size
+    return config
+
+
+def _data_path(config: Any, repeats: int) -> dict[str, float]:
+    """Images/s of the path that training uses, without training."""
+    found = {}
+    size = tuple(config.model.image_size)
+    mesh = make_mesh()
+    source = Inputs(config).train
+    for cache in ("none", "memory"):
+        for crop in ((0.08, 1.0), ()):
+            copy = config.copy_and_resolve_references()
+            copy.data.cache, copy.augment.where = cache, "host"
+            copy.augment.crop, copy.augment.flip = crop, bool(crop)
+            feed = Feed(source, copy, mesh, size)
+            steps = 2 + repeats * 4
+            batches = feed.batches(range(steps))
+            for _ in range(2):
+                jax.block_until_ready(next(batches))
+            start = time.perf_counter()
+            jax.block_until_ready(list(batches))
+            rate = (steps - 2) * config.batch_size / (time.perf_counter() - start)
+            kept = "decoded each time" if cache == "none" else "kept in memory"
+            how = "crop and flip" if crop else "no augmentation"
+            found[f"data, {kept}, {how}, images/s"] = rate
+    return found
+
+
+def _steps(config: Any, repeats: int) -> dict[str, float]:
+    size = tuple(config.model.image_size)
+    model = vi.create_model(
+        config.model.name, num_classes=101, image_size=size, dtype=config.model.dtype
+    )
+    mesh, preprocess = make_mesh(), Preprocess(size=size)
+    schedule = make_schedule(config.schedule, 1000, 100.0)
+    source, shapes = Inputs(config).train, param_shapes(model)
+    calls: dict[str, Callable[[], Any]] = {}
+    for where in ("host", "device"):
+        copy = config.copy_and_resolve_references()
+        copy.augment.where = where
+        rule = make_optimizer(copy.optimizer, schedule, shapes, model.config.depth)
+        recipe = Recipe(
+            model,
+            rule,
+            matches(shapes, "", "freeze"),
+            make_augment(copy.augment),
+            where == "device",
+            preprocess,
+            0,
+        )
+        step = jax.jit(make_train_step(recipe))
+        state = create_state(model, rule, mesh, 0)
+        batch = next(Feed(source, copy, mesh, size).batches(range(1)))
+        label = "step" if where == "host" else "step with crop and flip on the device"
+        calls[label] = lambda step=step, state=state, batch=batch: step(state, batch)
+    feed = EvalFeed(source, config, mesh, preprocess)
+    watched = Alongside.of(config.interactions, model, preprocess, mesh, feed)
+    last = calls["step"]()[0].params
+
+    def watch() -> Any:
+        watched.begin(0, last)
+        return watched.take()
+
+    calls["indicator, fields and windows"] = watch
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(jax.tree.leaves(call()))
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    medians = {name: float(np.median(own)) for name, own in times.items()}
+    found = {f"{name}, s": seconds for name, seconds in medians.items()}
+    found["step, images/s"] = config.batch_size / medians["step"]
+    share = medians["indicator, fields and windows"] / EVERY / medians["step"]
+    found[f"indicator every {EVERY} steps, share of step time"] = share
+    return found
+
+
+if __name__ == "__main__":
+    main()
