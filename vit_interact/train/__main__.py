@@ -57,6 +57,10 @@ def _main(argv: Sequence[str]) -> None:
         train(_CONFIG.value, _WORKDIR.value, watch=watched("decoding"))
     except (ValueError, OSError) as error:
         _fail(error)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        _fail("too little memory; docs/launch.md says what to do, in which order")
     except KeyboardInterrupt:
         _fail("interrupted; the last checkpoint is kept: run it again to go on")
 

@@ -122,6 +122,7 @@ class Feed:
 
     Attributes:
       store: all pictures on the device, uint8 `[n, h, w, 3]`, or None.
+      kept_bytes: of pictures kept in memory.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class Feed:
         Raises:
           ValueError: when pictures cannot be read, or kept where they are asked to be.
         """
-        self.config, self.mesh, self.store = config, mesh, None
+        self.config, self.mesh, self.store, self.kept_bytes = config, mesh, None, 0
         data, plan = config.data, make_augment(config.augment)
         device = on_device(config)
         # A margin, so that small crops are not blown up from too few pixels.
@@ -159,6 +160,7 @@ class Feed:
         self._source: Labelled = source
         if data.cache != "none":
             self._source = kept = Kept(source, side, data.threads, watch)
+            self.kept_bytes = kept.bytes
             if data.corrupt == "error":
                 for index in range(len(kept)):
                     kept.read(index)

@@ -34,7 +34,12 @@ class Log:
         self._drawing: list[concurrent.futures.Future[None]] = []
         if not writes:
             return
-        kept = [line for line in read_lines(self.path) if line["step"] <= step]
+        kept = [
+            line
+            for line in read_lines(self.path)
+            # What is measured before a step is measured again before going on with it.
+            if line["step"] < step + ("interactions/seconds" not in line)
+        ]
         unfinished = self.path.with_suffix(".unfinished")
         unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
         os.replace(unfinished, self.path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from clu.parameter_overview import get_parameter_overview
 
 from vit_interact.data.labelled import Labelled
 from vit_interact.train.alongside import Alongside
@@ -58,6 +59,8 @@ def train(
     check_config(config)
     workdir = _writable(workdir)
     inputs = Inputs(config, data)
+    # Read at the end, but what is wrong with it should not wait till then.
+    test = inputs.open_test()
     start = choose_start(config, inputs.class_names)
     model, preprocess = start.model, start.preprocess
     sharding = config.sharding
@@ -104,7 +107,6 @@ def train(
         return float(figures["accuracy"])
 
     if config.eval_only:
-        test = inputs.open_test()
         if val is None and test is None:
             raise ValueError("config.eval_only needs config.data.val, .holdout or .test")
         if val is not None:
@@ -114,6 +116,7 @@ def train(
         return result
     if log.writes:
         write_record(workdir, record)
+        (workdir / "parameters.txt").write_text(get_parameter_overview(state.params), "utf-8")
 
     # The programs and what feeds them.
     recipe = Recipe(
@@ -129,6 +132,8 @@ def train(
     )
     teaching = None if teacher is None else jax.device_put(teacher.params, replicated(mesh))
     feed = Feed(inputs.train, config, mesh, model.config.image_size, watch)
+    if feed.kept_bytes:
+        log.say(f"{feed.kept_bytes / 2**30:.2f} GiB of decoded images kept in memory")
     alongside = None
     if config.interactions.every:
         shown = EvalFeed(inputs.val or inputs.train, config, mesh, preprocess)
@@ -141,6 +146,8 @@ def train(
     eval_every = config.eval.every or each_epoch
     best = max((line.get("val/accuracy", -1.0) for line in read_lines(log.path)), default=-1.0)
     end = min(steps, config.stop_after or steps)
+
+    log.say("compiling the first step")
 
     # The loop. The log is written one step behind, so that the devices don't wait for it.
     with Interrupt() as interrupt:
@@ -181,8 +188,7 @@ def train(
     # The end, and the test split, which is read once.
     checkpoints.wait()
     result.update(step=step, finished=step >= steps, done=step - first)
-    test = inputs.open_test() if step >= steps else None
-    if test is not None:
+    if test is not None and step >= steps:
         chosen = checkpoints.best_step() if config.checkpoint.export == "best" else None
         if chosen is not None and chosen != step:
             state = checkpoints.load(chosen, abstract)

@@ -30,7 +30,7 @@ def draw_curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
         _line(axes, lines, f"val/{name}", "validation", _VAL, marker="o", markersize=3)
         axes.set(xlabel="step", ylabel=unit)
     if accuracy.lines:
-        accuracy.legend(loc="lower right")
+        accuracy.legend(loc="best")
     accuracy.set_ylim(0, 1)
     _line(rate, lines, "train/rate", "", _TRAIN)
     rate.set(xlabel="step", ylabel="learning rate")
@@ -60,7 +60,7 @@ def draw_confusion(figures: Mapping[str, Any], names: Sequence[str]) -> Figure:
     side = float(np.clip(2 + 0.16 * count, 5, 15))
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
-    drawn = axes.imshow(shares, vmin=0, vmax=1, cmap="magma_r", interpolation="nearest")
+    drawn = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
     axes.set(xlabel="predicted class", ylabel="class")
     axes.set_title(f"top-1 {figures['accuracy']:.1%} of {figures['examples']:,} images", loc="left")
     # Of names that would overlap, an even choice is shown.
