@@ -113,6 +113,7 @@ def test_analyze_leaves_a_folder(tmp_path, weights):
     np.testing.assert_array_equal(dataset["prediction"], again["prediction"])
 
 
+@pytest.mark.slow
 def test_same_command_skips_and_new_images_are_added(tmp_path, weights):
     images = photographs(tmp_path / "in", 2)
     out = tmp_path / "out"

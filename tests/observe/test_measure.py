@@ -39,7 +39,12 @@ def test_measure_equals_compute_of_captures(member):
 
 
 @pytest.mark.parametrize(
-    "options", [{"scan": True}, {"remat": True}, {"scan": True, "remat": True}]
+    "options",
+    [
+        pytest.param({"scan": True}, marks=pytest.mark.slow),
+        pytest.param({"remat": True}, marks=pytest.mark.slow),
+        {"scan": True, "remat": True},
+    ],
 )
 def test_scan_and_remat_measure_and_capture_the_same(options):
     model, params, images = tiny(layer_scale=0.5)
@@ -317,7 +322,7 @@ def test_empty_taps_take_the_explicit_path():
     np.testing.assert_allclose(explicit, model.apply({"params": params}, images), atol=1e-5)
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_kept_patches_are_measured_as_the_model_runs_on_them(scan):
     model, params, images = tiny(scan=scan)
     names = ("attention", "gradient", "edge")

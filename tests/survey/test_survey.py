@@ -83,6 +83,7 @@ def test_kernel_by_hand():
     assert np.isnan(found[3]).all()
 
 
+@pytest.mark.slow
 def test_statistics_are_those_of_the_arrays(tmp_path, checkpoint, examples):
     """All images at once in NumPy, from `vi.measure` and raw attention weights."""
     work = survey(checkpoint, examples, tmp_path / "s.zarr", NAMES, (0.5, 0.9))

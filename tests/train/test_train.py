@@ -152,10 +152,12 @@ def one_device(tmp_path_factory):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"sharding__strategy": "replicate"},
+        pytest.param({"sharding__strategy": "replicate"}, marks=pytest.mark.slow),
         {"sharding__strategy": "fsdp"},
         {"sharding__strategy": "tensor", "sharding__fsdp": 2, "sharding__model": 2},
-        {"optimizer__accumulate": 2, "augment__where": "host"},
+        pytest.param(
+            {"optimizer__accumulate": 2, "augment__where": "host"}, marks=pytest.mark.slow
+        ),
     ],
     ids=["replicate", "fsdp", "tensor", "accumulate"],
 )

@@ -51,6 +51,7 @@ def arrays(parts):
     } | {("average", "model", "mean"): parts.average.mean()}
 
 
+@pytest.mark.slow
 def test_killed_and_sharded_runs_give_the_same(tmp_path, programs, examples):
     whole = Parts(tmp_path / "whole", {}, ["a", "b"])
     run_parts(programs, whole, examples, PREPROCESS)
@@ -153,6 +154,7 @@ def weights(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_faithfulness_in_parts(tmp_path, examples):
     """Edges and their images are the same however images are batched, and padding is left out."""
     model, params, _ = tiny(num_classes=2)

@@ -266,7 +266,8 @@ def mix_images(
     if not (plan.mixup or plan.cutmix):
         return images, targets
     keys = jax.random.split(key, 4)
-    partner, theirs = images[::-1], targets[::-1]
+    # The neighbour: of a batch on many devices, only one image of each travels.
+    partner, theirs = jnp.roll(images, 1, axis=0), jnp.roll(targets, 1, axis=0)
     height, width = images.shape[1:3]
     both = plan.mixup > 0 and plan.cutmix > 0
     pastes = jax.random.bernoulli(keys[0]) if both else jnp.asarray(plan.cutmix > 0)

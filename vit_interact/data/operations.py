@@ -189,10 +189,11 @@ def adjust_hue(
     red, green, blue = images[..., 0], images[..., 1], images[..., 2]
     span = high - low
     safe = jnp.where(span > 0, span, 1.0)
+    # Not `high == red`: XLA may compute the two a last bit apart.
     sixth = jnp.where(
-        high == red,
+        (red >= green) & (red >= blue),
         (green - blue) / safe,
-        jnp.where(high == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+        jnp.where(green >= blue, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
     hue = sixth[..., None] + 6 * turns[:, None, None, None]
     # Each channel falls from the highest value to the lowest as the hue goes away from it.

@@ -140,6 +140,11 @@ def _file_entries(
             raise ValueError(f"{root}: expected '{EMBEDDED}', {PREFIX}NAME or a folder of images")
         found = [(path.parent.relative_to(root).as_posix(), path) for path in find_images([root])]
     else:
+        if not Path(data).is_dir():
+            raise ValueError(
+                f"{data}: expected '{EMBEDDED}', {PREFIX}NAME or a folder with a folder for each "
+                "class"
+            )
         groups = class_folders(Path(data))
         found = [(name, path) for name, paths in groups.items() for path in paths]
     labels = sorted({label for label, _ in found})
