@@ -128,3 +128,17 @@ def test_two_processes_are_one(tmp_path, source, strategy):
         assert found[step] == pytest.approx(loss, abs=1e-4), step
     one, two = (json.loads((tmp_path / run / "val.json").read_text()) for run in ("one", "two"))
     assert one["examples"] == two["examples"] == 20 and one["accuracy"] == two["accuracy"]
+
+
+@pytest.mark.slow
+def test_profiles_and_compiled_programs_are_kept(tmp_path, source):
+    flags = (
+        "--config.profile.first=2", "--config.profile.steps=2",
+        f"--config.compile_cache={tmp_path / 'cache'}",
+    )  # fmt: skip
+    process = start(tmp_path / "run", source, *flags)
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == 0, output
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    assert list((tmp_path / "cache").iterdir())
+    assert "Transformer/encoderblock_0" in (tmp_path / "run" / "parameters.txt").read_text()
