@@ -12,6 +12,36 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "gelu_quick")
 
 
 @dataclasses.dataclass(frozen=True)
+class WindowConfig:
+    """How a window-free transformer predicts a window for each patch; see `models/winft.py`.
+
+    Attributes:
+      layers: that predict windows; None for all. The others attend everywhere.
+      groups: windows of each patch, for as many equal groups of heads.
+      sharpness: `τ` at the start of training, in patches; sets how far windows reach at first.
+      start: `b`, the logit of every distance before training: the nearer to 0, the steeper.
+      hard: attend within the windows that soft ones become as they sharpen.
+    """
+
+    layers: tuple[int, ...] | None = None
+    groups: int = 1
+    sharpness: float = 1.0
+    start: float = 3.0
+    hard: bool = False
+
+    def __post_init__(self) -> None:
+        if self.groups < 1 or self.sharpness <= 0:
+            raise ValueError(
+                f"groups={self.groups}, sharpness={self.sharpness}: expected at least 1 and more "
+                "than 0"
+            )
+
+    def has(self, layer: int) -> bool:
+        """Whether a layer predicts windows."""
+        return self.layers is None or layer in self.layers
+
+
+@dataclasses.dataclass(frozen=True)
 class ViTConfig:
     """Architecture of a Vision Transformer; hashable, so it can be static under `jit`.
 
@@ -43,6 +73,7 @@ class ViTConfig:
       scan: one compiled block looped by `nn.scan`, parameters stacked on a leading layer axis.
       remat: recompute each block in the backward pass.
       dtype: compute type name; parameters stay float32.
+      windows: how layers predict windows, for a window-free transformer; None for a plain ViT.
     """
 
     image_size: tuple[int, int] = (224, 224)
@@ -71,6 +102,7 @@ class ViTConfig:
     scan: bool = False
     remat: bool = False
     dtype: str = "float32"
+    windows: WindowConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size"):
@@ -92,10 +124,23 @@ class ViTConfig:
             raise ValueError(f"pool={self.pool!r} needs cls_token=True")
         if self.distilled and not (self.cls_token and self.pool == "cls"):
             raise ValueError("distilled=True needs cls_token=True and pool='cls'")
+        if self.windows is not None:
+            self._check_windows(self.windows)
         if not 0 <= self.pos_prefix <= self.prefix:
             raise ValueError(
                 f"pos_prefix={self.pos_prefix}: the model has {self.prefix} prefix tokens"
             )
+
+    def _check_windows(self, windows: WindowConfig) -> None:
+        if self.heads % windows.groups:
+            raise ValueError(f"{self.heads} heads are not a multiple of {windows.groups} groups")
+        if windows.layers is None:
+            return
+        if self.scan:
+            raise ValueError("a scanned model predicts windows in all layers or in none")
+        wrong = [layer for layer in windows.layers if not 0 <= layer < self.depth]
+        if wrong:
+            raise ValueError(f"windows.layers has {wrong}; the model has {self.depth} layers")
 
     @property
     def prefix(self) -> int:
@@ -129,6 +174,9 @@ class ViTConfig:
         total = (3 * ph * pw + int(self.patch_bias)) * width + self.depth * block + norm
         total += (self.pos_prefix + self.layout.num_patches + self.prefix) * width
         total += norm if self.pre_norm else 0
+        if self.windows is not None:
+            windowed = sum(self.windows.has(layer) for layer in range(self.depth))
+            total += windowed * 4 * self.windows.groups * (width + 1)
         if self.pool == "map":
             total += width + attention + norm + mlp
         head = (
@@ -153,6 +201,11 @@ class ViTConfig:
             raise ValueError(f"unknown model settings {unknown}; see ViTConfig for the known ones")
         # JSON has lists where the fields are pairs.
         pairs: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        windows = pairs.get("windows")
+        if isinstance(windows, dict):
+            layers = windows.get("layers")
+            layers = None if layers is None else tuple(layers)
+            pairs["windows"] = WindowConfig(**{**windows, "layers": layers})
         return cls(**pairs)
 
 

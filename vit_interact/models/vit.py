@@ -25,6 +25,7 @@ from vit_interact.models.attention import (
     Taps,
 )
 from vit_interact.models.config import ViTConfig
+from vit_interact.models.winft import WindowHead
 
 Images = Float[Array, "B h w 3"] | Float[np.ndarray, "B h w 3"]
 Keep = Int[Array, "B K"] | Int[np.ndarray, "B K"] | None
@@ -70,6 +71,7 @@ class Block(nn.Module):
 
     config: ViTConfig
     taps: Taps | None = None
+    windowed: bool = False
 
     @nn.compact
     def __call__(
@@ -79,6 +81,7 @@ class Block(nn.Module):
         bias: SeparableBias | None,
         drop_path: Float[Array, ""] | float,
         train: bool,
+        sharpness: Float[Array, ""] | float | None = None,
     ) -> tuple[Float[Array, "B N D"], None]:
         """Applies the block.
 
@@ -88,6 +91,7 @@ class Block(nn.Module):
           bias: separable bias of this layer.
           drop_path: stochastic-depth rate of this layer.
           train: whether dropout and stochastic depth are active.
+          sharpness: of predicted windows.
         """
         config = self.config
         scales: list[Array | None] = [None, None]
@@ -114,6 +118,10 @@ class Block(nn.Module):
             name="MultiHeadDotProductAttention_0",
         )
         y = _layer_norm(config, "LayerNorm_0")(x)
+        if self.windowed:
+            assert config.windows is not None
+            head = WindowHead(config.windows, config.layout, config.heads, name="WindowHead_0")
+            mask, bias = head(y, mask, bias, sharpness)
         x = residual(x, attention(y, y, mask, bias, scales[0]), scales[0])
         y = _layer_norm(config, "LayerNorm_1")(x)
         x = residual(x, MlpBlock(config, name="MlpBlock_0")(y, train), scales[1])
@@ -138,13 +146,18 @@ class Encoder(nn.Module):
                 block,
                 variable_axes={"params": 0, "intermediates": 0, SINKS: 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(0, 0, 0, nn.broadcast),
+                in_axes=(0, 0, 0, nn.broadcast, nn.broadcast),
                 length=config.depth,
             )
-            self.encoderblock: Any = scanned(config, self.taps)
+            self.encoderblock: Any = scanned(config, self.taps, config.windows is not None)
         else:
             self.encoderblock = [
-                block(config, self.taps if self._tapped(i) else None) for i in range(config.depth)
+                block(
+                    config,
+                    self.taps if self._tapped(i) else None,
+                    config.windows is not None and config.windows.has(i),
+                )
+                for i in range(config.depth)
             ]
         if config.norm_before_pool:
             self.encoder_norm = _layer_norm(config)
@@ -160,6 +173,7 @@ class Encoder(nn.Module):
         train: bool = False,
         first: int = 0,
         last: int | None = None,
+        sharpness: Float[Array, ""] | float | None = None,
     ) -> Float[Array, "B N D"]:
         """Runs blocks `first` to `last - 1`; the final norm follows only the very last block."""
         config = self.config
@@ -172,10 +186,10 @@ class Encoder(nn.Module):
             if (first, last) != (0, config.depth):
                 raise ValueError("a scanned model runs all of its layers; unstack it first")
             stacked = (_stack(masks, "mask"), _stack(biases, "bias"), jnp.asarray(rates))
-            x, _ = self.encoderblock(x, *stacked, train)
+            x, _ = self.encoderblock(x, *stacked, train, sharpness)
         else:
             for i in range(first, last):
-                x, _ = self.encoderblock[i](x, masks[i], biases[i], rates[i], train)
+                x, _ = self.encoderblock[i](x, masks[i], biases[i], rates[i], train, sharpness)
         return self.encoder_norm(x) if config.norm_before_pool and last == config.depth else x
 
 
@@ -271,6 +285,7 @@ class ViT(nn.Module):
         bias: LayerBias = None,
         keep: Keep = None,
         train: bool = False,
+        sharpness: Float[Array, ""] | float | None = None,
     ) -> Float[Array, "B classes"]:
         """Logits, or pooled features when the config has `num_classes=0`.
 
@@ -282,16 +297,20 @@ class ViT(nn.Module):
           keep: numbers of the patches that stay, for each image; the others are deleted after
             position embedding, so that the model runs on `T + K` tokens. None keeps all.
           train: whether dropout and stochastic depth are active (needs the `dropout` key).
+          sharpness: `τ` of predicted windows, in patches; None is that of the config. Only for a
+            model that predicts windows.
 
         Raises:
           ValueError: when images or masks do not fit the model.
         """
         x = self.embed(images, train=train)
         if keep is not None:
+            if self.config.windows is not None:
+                raise ValueError("a model that predicts windows needs all patches: keep=None")
             prefix, patches = jnp.split(x, [self.config.prefix], axis=1)
             patches = jnp.take_along_axis(patches, jnp.asarray(keep)[..., None], axis=1)
             x = jnp.concatenate([prefix, patches], axis=1)
-        return self.classify(self.Transformer(x, mask, bias, train))
+        return self.classify(self.Transformer(x, mask, bias, train, sharpness=sharpness))
 
     def embed(self, images: Images, *, train: bool = False) -> Float[Array, "B N D"]:
         """Images to tokens: what the first block reads."""

@@ -164,7 +164,7 @@ def _fields() -> ConfigDict:
     """A place for each field of ViTConfig that has no setting of its own, with its type."""
     fields = ConfigDict()
     for field in dataclasses.fields(ViTConfig):
-        if field.name not in ("image_size", "num_classes", "dtype"):
+        if field.name not in ("image_size", "num_classes", "dtype", "windows"):
             kind = float if field.default is None else type(field.default)
             fields[field.name] = placeholder(kind)
     return fields

@@ -1,0 +1,228 @@
+"""The window-free transformer: what it starts as, and what its windows do."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vit_interact as vi
+from vit_interact import interactions as vx
+from vit_interact.interactions.boxes import hard_windows
+from vit_interact.models.config import ViTConfig, WindowConfig
+from vit_interact.models.weights import stack_layers
+from vit_interact.models.winft import predicted_distances, to_winft
+
+FIELDS = {"width": 16, "depth": 3, "heads": 4, "mlp_dim": 16, "patch_size": (4, 4)}
+
+
+def make(seed=0, name="vit_ti16", **fields):
+    settings = {**FIELDS, "image_size": (16, 20), "num_classes": 5, **fields}
+    model = vi.create_model(name, **settings)
+    keys = jax.random.split(jax.random.key(seed), 3)
+    images = jax.random.normal(keys[0], (2, 16, 20, 3))
+    params = model.init(keys[1], images)["params"]
+    # Weights of some size, so that attention is not uniform and heads are not zero.
+    leaves, tree = jax.tree.flatten(params)
+    noise = jax.random.split(keys[2], len(leaves))
+    pairs = zip(leaves, noise, strict=True)
+    moved = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for leaf, key in pairs]
+    return model, jax.tree.unflatten(tree, moved), images
+
+
+def turned(params, size=0.5, seed=5):
+    """Window heads that have learned something."""
+
+    def turn(keys, leaf):
+        if "WindowHead_0" not in jax.tree_util.keystr(keys):
+            return leaf
+        return size * jax.random.normal(jax.random.key(seed), leaf.shape) - 1.0 * (leaf.ndim == 1)
+
+    return jax.tree_util.tree_map_with_path(turn, params)
+
+
+def apply(model, params, images, **settings):
+    return model.apply({"params": params}, images, **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("vit_ti16", {}),
+        ("vit_ti16", {"pool": "gap", "cls_token": False, "pos_prefix": 0}),
+        ("deit_ti16_distilled", {}),
+        ("dinov2_s14_reg", {}),
+        ("clip_b32", {}),
+    ],
+)
+def test_a_converted_model_starts_as_the_model(name, fields):
+    model, params, images = make(name=name, **fields)
+    plain = apply(model, params, images)
+    ours, converted = to_winft(model, params)
+    found = apply(ours, converted, images)
+    assert float(jnp.abs(found - plain).max()) < 1e-3 * float(jnp.abs(plain).max())
+    # And so do the hard windows, which hold the whole grid.
+    hard = ours.clone(config=dataclasses.replace(ours.config, windows=WindowConfig(hard=True)))
+    np.testing.assert_allclose(apply(hard, converted, images), plain, atol=2e-5)
+
+
+def test_the_embedded_model_starts_as_itself():
+    model, params = vi.load_model("vit_s14_caltech101")
+    images = jax.random.normal(jax.random.key(0), (1, 224, 224, 3))
+    plain, found = apply(model, params, images), apply(*to_winft(model, params), images)
+    assert float(jnp.abs(found - plain).max()) < 1e-3 * float(jnp.abs(plain).max())
+
+
+def test_hard_windows_are_a_mask_made_by_hand():
+    model, params, images = make()
+    ours, params = to_winft(model, params, WindowConfig(hard=True))
+    params = turned(params)
+    logits, distances = predicted_distances(ours, params, images)
+    layout = model.config.layout
+    assert distances.shape == (3, 2, 1, layout.num_patches, 4)
+    masks = vx.window_mask(hard_windows(distances, layout), layout)
+    assert 0.1 < float(masks.mean()) < 0.95
+    # The windows of a layer depend on what the layers below attended to.
+    found = apply(model, _without_heads(params), images, mask=[masks[i] for i in range(3)])
+    np.testing.assert_allclose(found, logits, atol=1e-5)
+
+
+def _without_heads(params):
+    encoder = {
+        name: {k: v for k, v in block.items() if k != "WindowHead_0"}
+        for name, block in params["Transformer"].items()
+    }
+    return {**params, "Transformer": encoder}
+
+
+def test_soft_windows_sharpen_into_hard_ones():
+    model, params, images = make()
+    ours, params = to_winft(model, params)
+    params = turned(params)
+    hard = ours.clone(config=dataclasses.replace(ours.config, windows=WindowConfig(hard=True)))
+    expected = apply(hard, params, images)
+    run = jax.jit(lambda tau: apply(ours, params, images, sharpness=tau))
+    errors = [float(jnp.abs(run(tau) - expected).max()) for tau in (1.0, 0.1, 1e-5)]
+    assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-3
+
+
+@pytest.mark.slow
+def test_gradients_reach_the_window_heads():
+    model, params, images = make()
+    with jax.enable_x64(True):
+        ours, params = to_winft(model, params, WindowConfig(groups=2))
+        ours = ours.clone(config=dataclasses.replace(ours.config, dtype="float64"))
+        params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), params)
+        params = turned(params)
+        images = jnp.asarray(np.asarray(images), jnp.float64)
+
+        def loss(params):
+            return jnp.sum(jnp.sin(apply(ours, params, images)))
+
+        gradient = jax.grad(loss)(params)
+        direction = jax.tree_util.tree_map_with_path(
+            lambda keys, leaf: (
+                jax.random.normal(jax.random.key(len(str(keys))), leaf.shape)
+                * ("WindowHead_0" in jax.tree_util.keystr(keys))
+            ),
+            params,
+        )
+        slope = sum(
+            float((g * d).sum())
+            for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True)
+        )
+        step = 1e-4
+        ends = [
+            float(loss(jax.tree.map(lambda p, d, h=h: p + h * d, params, direction)))
+            for h in (step, -step)
+        ]
+        # The head itself computes in float32.
+        assert slope == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=2e-2)
+        assert abs(slope) > 1e-4
+
+
+def test_groups_of_heads_have_windows_of_their_own():
+    model, params, images = make()
+    ours, params = to_winft(model, params, WindowConfig(groups=2))
+    params = turned(params)
+    _, distances = predicted_distances(ours, params, images)
+    assert distances.shape[2] == 2
+    assert float(jnp.abs(distances[:, :, 0] - distances[:, :, 1]).max()) > 0.1
+
+
+def test_some_layers_only():
+    model, params, images = make()
+    ours, params = to_winft(model, params, WindowConfig(layers=(1,)))
+    blocks = params["Transformer"]
+    assert ["WindowHead_0" in blocks[f"encoderblock_{i}"] for i in range(3)] == [False, True, False]
+    assert predicted_distances(ours, params, images)[1].shape[0] == 1
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_scanned_and_recomputed_models_are_the_same(remat):
+    model, params, images = make()
+    ours, params = to_winft(model, params)
+    params = turned(params)
+    expected, distances = predicted_distances(ours, params, images, sharpness=0.7)
+    other = ours.clone(config=dataclasses.replace(ours.config, scan=True, remat=remat))
+    found, theirs = predicted_distances(other, stack_layers(params), images, sharpness=0.7)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(theirs, distances, atol=1e-5)
+    converted = to_winft(
+        model.clone(config=dataclasses.replace(model.config, scan=True, remat=remat)),
+        stack_layers(_without_heads(params)),
+    )[1]
+    shapes = [jax.tree.map(jnp.shape, tree) for tree in (converted, stack_layers(params))]
+    assert shapes[0] == shapes[1]
+
+
+def test_half_precision_is_near():
+    model, params, images = make()
+    ours, params = to_winft(model, params)
+    params = turned(params)
+    half = ours.clone(config=dataclasses.replace(ours.config, dtype="bfloat16"))
+    exact, found = (apply(m, params, images) for m in (ours, half))
+    assert found.dtype == jnp.bfloat16
+    assert float(jnp.abs(found - exact).max()) < 0.1 * float(jnp.abs(exact).max())
+
+
+def test_indicators_see_the_windows():
+    model, params, images = make()
+    ours, params = to_winft(model, params, WindowConfig(hard=True))
+    params = turned(params)
+    layout = model.config.layout
+    _, distances = predicted_distances(ours, params, images)
+    outside = ~np.asarray(vx.window_mask(hard_windows(distances[:, :, 0], layout), layout))
+    maps = vi.measure(ours, params, images, indicators=("attention", "edge"))
+    for name in maps:
+        assert (np.asarray(maps[name])[outside] == 0).all() and np.asarray(maps[name]).any()
+
+
+def test_settings_survive_json_and_parameters_are_counted():
+    for layers, groups in itertools.product((None, (0, 2)), (1, 2)):
+        model, params, _ = make()
+        ours, params = to_winft(model, params, WindowConfig(layers=layers, groups=groups))
+        again = ViTConfig.from_dict(json.loads(json.dumps(ours.config.to_dict())))
+        assert again == ours.config and hash(again) == hash(ours.config)
+        count = sum(leaf.size for leaf in jax.tree.leaves(params))
+        assert ours.config.count_parameters() == count
+
+
+@pytest.mark.parametrize(
+    ("windows", "fields", "words"),
+    [
+        ({"groups": 3}, {}, "not a multiple of 3 groups"),
+        ({"layers": (7,)}, {}, "the model has 3 layers"),
+        ({"layers": (1,)}, {"scan": True}, "in all layers or in none"),
+        ({"sharpness": 0.0}, {}, "more than 0"),
+    ],
+)
+def test_what_cannot_be(windows, fields, words):
+    with pytest.raises(ValueError, match=words):
+        vi.create_model("vit_ti16", **FIELDS, **fields, windows=WindowConfig(**windows))
+    model, params, images = make()
+    with pytest.raises(ValueError, match="predicts no windows"):
+        predicted_distances(model, params, images)

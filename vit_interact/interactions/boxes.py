@@ -1,0 +1,108 @@
+"""Boxes of real sides around patches: what a window-free transformer predicts and is taught by.
+
+A query patch in row `r` and column `c` has four distances `d = (top, left, bottom, right)`, not
+negative, in patches. Its box runs from `r − d_t` to `r + d_b + 1` and from `c − d_l` to
+`c + d_r + 1`: with all distances 0 it is the patch itself.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from vit_interact.layout import TokenLayout
+
+Distances = Float[Array, "*batch P 4"]
+
+
+class SoftWindow(NamedTuple):
+    """Logarithm of a soft window, as a sum of a row and a column factor.
+
+    Attributes:
+      rows: `[..., P, R]`; the factor of every key in that row.
+      cols: `[..., P, C]`.
+    """
+
+    rows: Float[Array, "*batch P R"]
+    cols: Float[Array, "*batch P C"]
+
+
+def soft_window(
+    distances: Distances, layout: TokenLayout, sharpness: Float[Array, ""] | float = 1.0
+) -> SoftWindow:
+    """The soft box of METHOD section 5, separable: `log m_ij = rows_i[r_j] + cols_i[c_j]`.
+
+    Args:
+      distances: (top, left, bottom, right) of each query patch, in patches.
+      layout: the grid.
+      sharpness: `τ` in patches: the width of the border; towards 0 the box becomes that of
+        `hard_windows`.
+    """
+    place = layout.positions()
+    rows = np.arange(layout.rows) - place[:, :1]
+    cols = np.arange(layout.cols) - place[:, 1:]
+
+    def factor(offset: np.ndarray, before: Array, after: Array) -> Array:
+        start = (offset + before[..., None] + 0.5) / sharpness
+        end = (after[..., None] + 0.5 - offset) / sharpness
+        return jax.nn.log_sigmoid(start) + jax.nn.log_sigmoid(end)
+
+    top, left, bottom, right = (distances[..., side] for side in range(4))
+    return SoftWindow(factor(rows, top, bottom), factor(cols, left, right))
+
+
+def unclipped_boxes(distances: Distances, layout: TokenLayout) -> Float[Array, "*batch P 4"]:
+    """(top, left, bottom, right) of each box, bottom and right exclusive, beyond the grid too.
+
+    Args:
+      distances: (top, left, bottom, right) of each query patch, in patches.
+      layout: the grid.
+    """
+    place = layout.positions()
+    corners = np.concatenate([place, place + 1], axis=1)
+    return jnp.asarray(corners) + distances * np.array([-1, -1, 1, 1])
+
+
+def hard_windows(distances: Distances, layout: TokenLayout) -> Int32[Array, "*batch P 4"]:
+    """The windows that soft boxes become as they sharpen: all keys within `floor(d + ½)`.
+
+    Args:
+      distances: (top, left, bottom, right) of each query patch, in patches.
+      layout: the grid.
+
+    Returns:
+      Windows as `smallest_windows` gives them, clipped to the grid.
+    """
+    reach = jnp.floor(distances + 0.5)
+    boxes = unclipped_boxes(reach, layout)
+    most = np.array([layout.rows, layout.cols] * 2)
+    return jnp.clip(boxes, 0, most).astype(jnp.int32)
+
+
+def giou(
+    boxes: Float[Array, "*batch 4"], others: Float[Array, "*batch 4"]
+) -> Float[Array, "*batch"]:
+    """Generalised intersection over union (Rezatofighi et al. 2019), in (−1, 1].
+
+    1 for equal boxes; below 0 for boxes far apart. Boxes without area count as points or lines: two
+    equal ones give 0. Gradients are finite everywhere.
+
+    Args:
+      boxes: (top, left, bottom, right), bottom and right exclusive.
+      others: alike.
+    """
+    boxes, others = jnp.broadcast_arrays(boxes, others)
+
+    def area(starts: Array, ends: Array) -> Array:
+        return jnp.prod(jnp.maximum(ends - starts, 0), axis=-1)
+
+    a0, a1, b0, b1 = boxes[..., :2], boxes[..., 2:], others[..., :2], others[..., 2:]
+    inter = area(jnp.maximum(a0, b0), jnp.minimum(a1, b1))
+    union = area(a0, a1) + area(b0, b1) - inter
+    hull = area(jnp.minimum(a0, b0), jnp.maximum(a1, b1))
+    iou = inter / jnp.where(union > 0, union, 1)
+    return iou - (hull - union) / jnp.where(hull > 0, hull, 1)
