@@ -201,6 +201,17 @@ def test_indicators_see_the_windows():
         assert (np.asarray(maps[name])[outside] == 0).all() and np.asarray(maps[name]).any()
 
 
+@pytest.mark.parametrize("layers", [None, (0, 2)])
+def test_saved_models_open_again(layers, tmp_path):
+    model, params, _ = make()
+    ours, params = to_winft(model, params, WindowConfig(layers=layers, groups=2))
+    params = turned(params)
+    vi.export_timm(ours, params, tmp_path / "winft.safetensors")
+    again, theirs = vi.load_model(tmp_path / "winft.safetensors")
+    assert again.config == ours.config
+    jax.tree.map(np.testing.assert_array_equal, theirs, params)
+
+
 def test_settings_survive_json_and_parameters_are_counted():
     for layers, groups in itertools.product((None, (0, 2)), (1, 2)):
         model, params, _ = make()

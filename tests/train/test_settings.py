@@ -43,7 +43,7 @@ from vit_interact.train.train import train
         ({"data__val": "holdout"}, "no split 'holdout'"),
         ({"init": "nowhere.safetensors"}, "no such file"),
         ({"distill__teacher": "nowhere.safetensors"}, "no such file"),
-        ({"eval_only": True, "data__val": ""}, "config.eval_only needs"),
+        ({"eval_only": True}, "has no checkpoint, config.init is empty"),
     ],
 )
 def test_what_cannot_run_is_refused_in_one_line(changes, words, tmp_path):

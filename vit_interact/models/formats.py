@@ -133,6 +133,8 @@ TIMM = Format(
         *_layer(f"{_MLP}/Dense_0", "blocks.{i}.mlp.fc1_g + blocks.{i}.mlp.fc1_x"),
         *_layer(f"{_MLP}/Dense_1", "blocks.{i}.mlp.fc2"),
         _rule(f"{_BLOCK}/ls2", "blocks.{i}.ls2.gamma"),
+        # Ours, named in timm's spirit.
+        *_layer(f"{_BLOCK}/WindowHead_0/Dense_0", "blocks.{i}.window_head"),
         *_norm("Transformer/encoder_norm", "norm"),
         _rule(f"{_MAP}/probe", "attn_pool.latent"),
         *_layer(f"{_MAP_ATTENTION}/query", "attn_pool.q", TO_HEADS, TO_HEADS_BIAS),

@@ -107,6 +107,8 @@ def train(
         return float(figures["accuracy"])
 
     if config.eval_only:
+        if found is None and not config.init:
+            raise ValueError(f"config.eval_only: {workdir} has no checkpoint, config.init is empty")
         if val is None and test is None:
             raise ValueError("config.eval_only needs config.data.val, .holdout or .test")
         if val is not None:
@@ -144,7 +146,9 @@ def train(
     each_epoch = math.ceil(epoch)
     save_every = config.checkpoint.every or each_epoch
     eval_every = config.eval.every or each_epoch
-    best = max((line.get("val/accuracy", -1.0) for line in read_lines(log.path)), default=-1.0)
+    # Another process may be about to drop later lines.
+    known = [line for line in read_lines(log.path) if line["step"] <= step]
+    best = max((line.get("val/accuracy", -1.0) for line in known), default=-1.0)
     end = min(steps, config.stop_after or steps)
 
     log.say("compiling the first step")
