@@ -7,7 +7,13 @@ import pytest
 
 import vit_interact as vi
 from vit_interact import interactions as vx
-from vit_interact.interactions.boxes import giou, hard_windows, soft_window, unclipped_boxes
+from vit_interact.interactions.boxes import (
+    giou,
+    hard_windows,
+    soft_window,
+    unclipped_boxes,
+    window_guidance,
+)
 
 LAYOUT = vi.TokenLayout(rows=4, cols=5, prefix=2)
 
@@ -96,3 +102,31 @@ def test_any_leading_axes_and_vmap():
         mapped = jax.vmap(jax.vmap(lambda one, f=function: f(one, LAYOUT)))(d)
         np.testing.assert_array_equal(whole, mapped)
     assert soft_window(d.astype(jnp.bfloat16), LAYOUT).rows.shape == (2, 3, 20, 4)
+
+
+def test_guidance_pulls_boxes_into_windows():
+    windows = vx.smallest_windows(
+        jnp.asarray(np.random.default_rng(6).dirichlet(np.full(20, 0.3), (20,))), LAYOUT, 0.7
+    )
+    # As before training: every box holds the grid and more.
+    start = jnp.full((20, 4), 8.0)
+    loss = jax.jit(jax.value_and_grad(lambda d: window_guidance(d, windows, LAYOUT)))
+    first, gradient = loss(start)
+    assert np.isfinite(gradient).all() and (np.asarray(gradient) > 0).all()
+    d = start
+    for _ in range(600):
+        _, gradient = loss(d)
+        d = jnp.maximum(d - 0.02 * jnp.sign(gradient), 0)
+    assert float(loss(d)[0]) < 0.1 < float(first)
+    np.testing.assert_array_equal(hard_windows(d, LAYOUT), windows)
+
+
+def test_guidance_leaves_out_patches_that_do_not_count():
+    d = distances(7)
+    windows = hard_windows(distances(8), LAYOUT)
+    counts = jnp.asarray(np.random.default_rng(9).random((2, 20)) < 0.5).at[1].set(False)
+    found = window_guidance(d, windows, LAYOUT, counts)
+    each = 1 - giou(unclipped_boxes(d, LAYOUT), windows.astype(jnp.float32))
+    assert float(found[0]) == pytest.approx(float(each[0][counts[0]].mean()), rel=1e-5)
+    assert float(found[1]) == 0
+    np.testing.assert_allclose(window_guidance(d, windows, LAYOUT), each.mean(axis=-1), rtol=1e-5)

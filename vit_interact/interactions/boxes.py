@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from vit_interact.layout import TokenLayout
 
@@ -106,3 +106,32 @@ def giou(
     hull = area(jnp.minimum(a0, b0), jnp.maximum(a1, b1))
     iou = inter / jnp.where(union > 0, union, 1)
     return iou - (hull - union) / jnp.where(hull > 0, hull, 1)
+
+
+def window_guidance(
+    distances: Distances,
+    windows: Int32[Array, "*batch P 4"],
+    layout: TokenLayout,
+    counts: Bool[Array, "*batch P"] | None = None,
+) -> Float[Array, "*batch"]:
+    """How far predicted boxes are from windows: mean over patches of `1 − gIoU`, in [0, 2).
+
+    Boxes are not clipped to the grid: clipped, those that hold the whole grid, as all do before
+    training, would have no gradient.
+
+    Args:
+      distances: (top, left, bottom, right) that are predicted for each patch.
+      windows: to learn from, as `smallest_windows` gives them; no gradient flows into them.
+      layout: the grid.
+      counts: patches to learn from; leave out those whose row of the indicator is zero, since their
+        windows are there by definition only. None takes all.
+
+    Returns:
+      The loss, 0 where no patch counts.
+    """
+    goal = jax.lax.stop_gradient(windows.astype(distances.dtype))
+    losses = 1 - giou(unclipped_boxes(distances, layout), goal)
+    if counts is None:
+        return jnp.mean(losses, axis=-1)
+    total = jnp.sum(counts, axis=-1)
+    return jnp.sum(jnp.where(counts, losses, 0), axis=-1) / jnp.maximum(total, 1)
