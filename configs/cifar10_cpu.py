@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     """The experiment."""
     config = common.base()
     config.batch_size = 128
-    config.epochs = 20.0
+    config.epochs = 15.0
     config.log_every = 20
 
     config.data.holdout = 0.1

@@ -193,6 +193,7 @@ def test_wrong_inputs_are_one_line(tmp_path, weights):
     assert "not made by this command" in message
 
 
+@pytest.mark.slow
 def test_score_and_layers_reach_the_measure(tmp_path, weights):
     images = photographs(tmp_path / "in", 1)
     for name, score in (("a", "cat"), ("b", "2"), ("c", "bee")):
@@ -226,6 +227,7 @@ def test_convert_round_trip(tmp_path, weights):
     assert again.class_names == CLASSES and again.preprocess.crop == "stretch"
 
 
+@pytest.mark.slow
 def test_one_compilation_for_all_batches(tmp_path, weights, caplog):
     """Five images of five sizes in batches of two: the last one is padded."""
     import logging

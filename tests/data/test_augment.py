@@ -131,6 +131,7 @@ def test_half_of_the_images_are_flipped():
     np.testing.assert_allclose(found[flipped][0, 0, :, 0], np.arange(8)[::-1], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_host_and_device_agree_in_distribution():
     image = photograph(48, 48)
     plan = Augment(

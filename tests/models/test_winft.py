@@ -53,9 +53,9 @@ def apply(model, params, images, **settings):
     [
         ("vit_ti16", {}),
         ("vit_ti16", {"pool": "gap", "cls_token": False, "pos_prefix": 0}),
-        ("deit_ti16_distilled", {}),
-        ("dinov2_s14_reg", {}),
-        ("clip_b32", {}),
+        pytest.param("deit_ti16_distilled", {}, marks=pytest.mark.slow),
+        pytest.param("dinov2_s14_reg", {}, marks=pytest.mark.slow),
+        pytest.param("clip_b32", {}, marks=pytest.mark.slow),
     ],
 )
 def test_a_converted_model_starts_as_the_model(name, fields):

@@ -69,6 +69,7 @@ def test_first_layers_against_float64(exact, layer):
         assert error.max() < 0.02 * expected.max(), name
 
 
+@pytest.mark.slow
 def test_edge_against_really_cut_edges(embedded):
     """Random edges of four layers, patches on patches; METHOD reports rho >= 0.998."""
     checkpoint, images = embedded

@@ -123,6 +123,7 @@ def test_layers_are_chosen_and_checked():
         vi.measure(model, params, images, ("x",))
 
 
+@pytest.mark.slow
 def test_batch_order_does_not_matter():
     model, params, images = tiny(batch=4)
     order = jnp.array([2, 0, 3, 1])

@@ -219,6 +219,7 @@ def call(*arguments):
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
+@pytest.mark.slow
 def test_commands(tmp_path, weights):
     data = photographs(tmp_path / "data", each=4)
     common = ("statistics", "--model", weights, "--data", data, "--batch-size", "8")

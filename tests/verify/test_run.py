@@ -207,6 +207,7 @@ def test_command(tmp_path, weights):
     assert (out / "removal.png").exists() and (out / "verify.csv").exists()
 
 
+@pytest.mark.slow
 def test_faithfulness_command(tmp_path, weights):
     data = photographs(tmp_path / "data", each=2)
     options = ("--indicators", "attention,edge", "--tests", "faithfulness", "--batch-size", "8")
