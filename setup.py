@@ -55,7 +55,7 @@ setup(
     install_requires=[
         "clu",
         "flax>=0.10.7",
-        "grain>=0.2.10",
+        "grain>=0.2.18",
         "jax>=0.7",
         "jaxtyping>=0.3",
         "jinja2",

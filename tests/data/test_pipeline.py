@@ -169,6 +169,11 @@ def test_npz_files(tmp_path):
     assert found.class_names == ("a", "b", "c") and len(found) == COUNT
     with pytest.raises(ValueError, match="no arrays test_images"):
         open_split(path, "test")
+    path.write_text("no zip")
+    with pytest.raises(ValueError, match=r"data\.npz is no \.npz file"):
+        open_split(path, "train")
+    with pytest.raises(ValueError, match=r"nothing\.npz: No such file"):
+        open_split(tmp_path / "nothing.npz", "train")
     with pytest.raises(ValueError, match=r"expected uint8 \[n, h, w, 3\]"):
         Arrays(source.images.astype(np.float32), source.labels)
     with pytest.raises(ValueError, match="run from 0 to 2; there are 2"):

@@ -13,8 +13,11 @@ import pytest
 
 import vit_interact as vi
 from tests.train import tiny
+from vit_interact.data.images import ImageError
+from vit_interact.train.inputs import Feed
 from vit_interact.train.log import read_lines
 from vit_interact.train.meter import DivergedError
+from vit_interact.train.sharding import make_mesh
 from vit_interact.train.train import train
 
 TWO = jax.devices()[:2]
@@ -43,6 +46,10 @@ def test_a_run_learns_and_leaves_its_files(run):
     workdir, _, result = run
     assert result["finished"] and result["step"] == 12
     assert result["test"]["accuracy"] > 0.5 and result["val"]["examples"] == 20
+    lines = read_lines(workdir / "metrics.jsonl")
+    evaluated = {line["step"]: line["val/accuracy"] for line in lines if "val/accuracy" in line}
+    tested = json.loads((workdir / "test.json").read_text())["step"]
+    assert evaluated[tested] == max(evaluated.values())
     found = losses(workdir)
     assert sorted(found) == list(range(1, 13)) and found[12] < found[1]
     for name in ("test.json", "val_confusion.png", "curves.png", "experiment.json"):
@@ -139,6 +146,23 @@ def test_a_run_starts_from_another_with_a_new_head_and_resolution(run, tmp_path)
     same = jax.tree.map(np.array_equal, before["Transformer"], after.params["Transformer"])
     assert all(jax.tree.leaves(same["encoderblock_0"]))
     assert not any(jax.tree.leaves(same["encoderblock_1"]["MlpBlock_0"]))
+
+
+def test_unreadable_photographs_are_named_once(capsys):
+    class Damaged(tiny.Arrays):
+        def read(self, index):
+            if index in (3, 5):
+                raise ImageError(self.name(index), "is damaged")
+            return super().read(index)
+
+    whole = tiny.pictures(8)
+    source = Damaged(whole.images, whole.labels, whole.class_names)
+    settings, mesh = tiny.config(batch_size=8), make_mesh()
+    feed = Feed(source, settings, mesh, (16, 16))
+    masks = [np.asarray(batch["mask"]).sum() for batch in feed.batches(range(3))]
+    assert masks == [6, 6, 6]
+    told = capsys.readouterr().err.splitlines()
+    assert sorted(told) == ["warning: left out image 3", "warning: left out image 5"]
 
 
 @pytest.fixture(scope="module")

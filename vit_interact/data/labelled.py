@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -268,6 +269,9 @@ def class_folders(root: Path) -> dict[str, list[Path]]:
 
 
 def _open_npz(path: Path, split: str) -> Arrays:
+    if path.exists() and not zipfile.is_zipfile(path):
+        # np.load would take it for a pickle, and advise to trust it.
+        raise ValueError(f"{path} is no .npz file; make one with np.savez")
     try:
         with np.load(path, allow_pickle=False) as file:
             if f"{split}_images" not in file or f"{split}_labels" not in file:
@@ -277,8 +281,8 @@ def _open_npz(path: Path, split: str) -> Arrays:
                 )
             names = [str(name) for name in file["class_names"]] if "class_names" in file else None
             return Arrays(file[f"{split}_images"], file[f"{split}_labels"], names)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from error
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def hold_out(source: Labelled, share: float, seed: int) -> tuple[Part, Part]:

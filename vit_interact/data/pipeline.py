@@ -9,6 +9,7 @@ sees what it would have seen; the data's position in a checkpoint is the step.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import os
@@ -183,7 +184,11 @@ def batches(
                 num_workers=reading.workers, per_worker_buffer_size=reading.ahead
             )
         )
-    yield from iterable
+    # Closed even when a run stops early: workers and shared memory go before the program ends.
+    with contextlib.closing(iter(iterable)) as iterator:
+        for batch in iterator:
+            # Arrays of worker processes lie in shared memory, which devices may not hold on to.
+            yield {name: np.array(array) for name, array in batch.items()}
 
 
 def _parse_flags() -> None:

@@ -17,6 +17,12 @@ from vit_interact.train.state import TrainState
 FOLDER = "checkpoints"
 RECORD = "experiment.json"
 _METRIC = "accuracy"
+# Of a checkpoint that was not evaluated: worse than any.
+_UNKNOWN = -1.0
+
+
+def _accuracy(metrics: Mapping[str, float]) -> float:
+    return metrics[_METRIC]
 
 
 class Checkpoints:
@@ -35,13 +41,14 @@ class Checkpoints:
         if keep_best:
             kept.append(
                 policies.BestN(
-                    get_metric_fn=lambda metrics: metrics[_METRIC],
+                    get_metric_fn=_accuracy,
                     n=keep_best,
-                    keep_checkpoints_without_metrics=False,
                 )
             )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept),
+            # The policy alone would leave accuracies unwritten, and forget them at a restart.
+            best_fn=_accuracy,
             # What a kill left half-written is called so, and goes.
             cleanup_tmp_directories=True,
         )
@@ -64,7 +71,8 @@ class Checkpoints:
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(dict(record))
             ),
-            metrics=None if accuracy is None else {_METRIC: accuracy},
+            # orbax warns on the terminal of every checkpoint that has none.
+            metrics={_METRIC: _UNKNOWN if accuracy is None else accuracy},
             force=True,
         )
 
@@ -82,9 +90,9 @@ class Checkpoints:
         """The step of highest validation accuracy that is kept; the earliest of equals."""
         found = []
         for step in self._manager.all_steps():
-            metrics = self._manager.metrics(step)
-            if metrics:
-                found.append((metrics[_METRIC], -step))
+            accuracy = _accuracy(self._manager.metrics(step))
+            if accuracy != _UNKNOWN:
+                found.append((accuracy, -step))
         return -max(found)[1] if found else None
 
     def record(self, step: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 from vit_interact.data.augment import Augment
 from vit_interact.data.augment_host import augment_picture
 from vit_interact.data.labelled import Labelled, Part, hold_out, open_split
+from vit_interact.data.naming import visible
 from vit_interact.data.pipeline import (
     Kept,
     Reading,
@@ -170,6 +172,7 @@ class Feed:
             # Sending them to worker processes would copy them all.
             workers = 0
         self._reading = Reading(workers, data.threads, corrupt=data.corrupt)
+        self._unread: set[int] = set()
 
     def batches(self, steps: range) -> Iterator[dict[str, jax.Array]]:
         """Batches of these steps on the devices, two ahead of who reads them."""
@@ -179,7 +182,8 @@ class Feed:
             seed=config.seed, reading=self._reading,
             process=(jax.process_index(), jax.process_count()),
         )  # fmt: skip
-        return _ahead(put_batch(self.mesh, batch) for batch in found)
+        named = _naming(found, self._source, self._unread)
+        return _ahead(put_batch(self.mesh, batch) for batch in named)
 
 
 def _stretched(
@@ -224,6 +228,7 @@ class EvalFeed:
         self._kept: list[dict[str, np.ndarray]] | None = None
         workers = 0 if self._keep else default_workers() if data.workers < 0 else data.workers
         self._reading = Reading(workers, data.threads, corrupt=data.corrupt)
+        self._unread: set[int] = set()
 
     def batches(self) -> Iterator[dict[str, jax.Array]]:
         """Batches on the devices."""
@@ -243,16 +248,33 @@ class EvalFeed:
         kept = []
         for batch in self._read(self.batch_size, self._source):
             if self._keep:
-                kept.append({name: np.array(array) for name, array in batch.items()})
+                kept.append(batch)
             yield batch
         self._kept = kept if self._keep else None
 
     def _read(self, batch_size: int, source: Labelled) -> Iterator[dict[str, np.ndarray]]:
-        return batches(
+        found = batches(
             source, functools.partial(_as_evaluated, preprocess=self._preprocess),
             self._preprocess.size, batch_size, steps_of(len(source), batch_size), shuffle=False,
             reading=self._reading, process=(jax.process_index(), jax.process_count()),
         )  # fmt: skip
+        return _naming(found, source, self._unread)
+
+
+def _naming(
+    found: Iterable[dict[str, np.ndarray]], source: Labelled, known: set[int], most: int = 20
+) -> Iterator[dict[str, np.ndarray]]:
+    """Says once which photographs could not be read; every host those that it met."""
+    for batch in found:
+        for index in batch["indices"][~batch["mask"]].tolist():
+            if index < 0 or index in known:
+                continue
+            known.add(index)
+            if len(known) <= most:
+                print(f"warning: left out {visible(source.name(index))}", file=sys.stderr)
+            if len(known) == most:
+                print("warning: more that are left out are only counted", file=sys.stderr)
+        yield batch
 
 
 def _ahead(items: Iterable[Any], count: int = 2) -> Iterator[Any]:

@@ -151,7 +151,10 @@ def train(
     best = max((line.get("val/accuracy", -1.0) for line in known), default=-1.0)
     end = min(steps, config.stop_after or steps)
 
-    log.say("compiling the first step")
+    log.say(
+        f"compiling the first step; MFU is the share of {meter.peak / 1e12:.3g} TFLOP/s, "
+        f"{meter.peak_from}"
+    )
 
     # The loop. The log is written one step behind, so that the devices don't wait for it.
     with Interrupt() as interrupt:
