@@ -66,3 +66,27 @@ def finetune(source: str, train: str = "train", test: str = "test") -> ConfigDic
     config.loss.smoothing = 0.1
     config.ema = 0.999
     return config
+
+
+def with_windows(config: ConfigDict, arm: str) -> ConfigDict:
+    """An arm of the comparison of METHOD section 5; all else stays as it is.
+
+    Args:
+      config: of the plain ViT.
+      arm: `vit`; `local`, `shifted` or `random` windows of 5x5 patches; `offset` windows of a
+        survey of a trained ViT (config.winft.file); `teacher`, windows that it draws for each image
+        (config.winft.teacher); `free`, predicted ones without guidance; `winft`, guided by the
+        model itself; `taught`, guided by config.winft.teacher.
+
+    Raises:
+      ValueError: for another arm.
+    """
+    kinds = {"vit": "", "free": "predicted", "winft": "predicted", "taught": "predicted"}
+    kinds |= {kind: kind for kind in ("local", "shifted", "random", "offset", "teacher")}
+    if arm not in kinds:
+        raise ValueError(f"arm '{arm}': expected one of {', '.join(kinds)}")
+    config.winft.windows = kinds[arm]
+    config.winft.guide = {"winft": "self", "taught": "teacher"}.get(arm, "")
+    config.winft.coverage = 0.5
+    config.winft.sharpness = (1.0, 0.3)
+    return config

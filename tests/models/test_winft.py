@@ -227,7 +227,7 @@ def test_settings_survive_json_and_parameters_are_counted():
     [
         ({"groups": 3}, {}, "not a multiple of 3 groups"),
         ({"layers": (7,)}, {}, "the model has 3 layers"),
-        ({"layers": (1,)}, {"scan": True}, "in all layers or in none"),
+        ({"layers": (1,)}, {"scan": True}, "has windows in all layers or in none"),
         ({"sharpness": 0.0}, {}, "more than 0"),
     ],
 )

@@ -145,7 +145,9 @@ def test_learning_from_a_teacher(model, params, kind):
         p = np.exp(log_softmax(taught / 2))
         lesson = 4 * (p * (np.log(p) - log_softmax(logits / 2))).sum(axis=-1)
     expected = (0.75 * own + 0.25 * lesson).mean()
-    _, sums = run(recipe(model, params, teacher=teacher), params, given, teaching=theirs)
+    _, sums = run(
+        recipe(model, params, teacher=teacher), params, given, teaching={"classes": theirs}
+    )
     assert float(sums.loss.total / sums.loss.count) == pytest.approx(expected, rel=1e-4)
 
 

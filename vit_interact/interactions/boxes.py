@@ -83,6 +83,35 @@ def hard_windows(distances: Distances, layout: TokenLayout) -> Int32[Array, "*ba
     return jnp.clip(boxes, 0, most).astype(jnp.int32)
 
 
+def clipped_boxes(distances: Distances, layout: TokenLayout) -> Float[Array, "*batch P 4"]:
+    """(top, left, bottom, right) of the part of each box that lies on the grid.
+
+    Args:
+      distances: (top, left, bottom, right) of each query patch, in patches.
+      layout: the grid.
+    """
+    most = np.array([layout.rows, layout.cols] * 2, np.float32)
+    return jnp.clip(unclipped_boxes(distances, layout), 0, most)
+
+
+def box_area(boxes: Float[Array, "*batch 4"]) -> Float[Array, "*batch"]:
+    """Area of (top, left, bottom, right) boxes in patches; 0 where an end is before its start."""
+    return jnp.prod(jnp.maximum(boxes[..., 2:] - boxes[..., :2], 0), axis=-1)
+
+
+def iou(
+    boxes: Float[Array, "*batch 4"], others: Float[Array, "*batch 4"]
+) -> Float[Array, "*batch"]:
+    """Intersection over union, in [0, 1]; 0 for boxes without area.
+
+    Args:
+      boxes: (top, left, bottom, right), bottom and right exclusive.
+      others: alike.
+    """
+    inter, union = _overlap(boxes, others)
+    return inter / jnp.where(union > 0, union, 1)
+
+
 def giou(
     boxes: Float[Array, "*batch 4"], others: Float[Array, "*batch 4"]
 ) -> Float[Array, "*batch"]:
@@ -95,17 +124,20 @@ def giou(
       boxes: (top, left, bottom, right), bottom and right exclusive.
       others: alike.
     """
-    boxes, others = jnp.broadcast_arrays(boxes, others)
+    inter, union = _overlap(boxes, others)
+    starts = jnp.minimum(boxes[..., :2], others[..., :2])
+    ends = jnp.maximum(boxes[..., 2:], others[..., 2:])
+    hull = box_area(jnp.concatenate([starts, ends], axis=-1))
+    shared = inter / jnp.where(union > 0, union, 1)
+    return shared - (hull - union) / jnp.where(hull > 0, hull, 1)
 
-    def area(starts: Array, ends: Array) -> Array:
-        return jnp.prod(jnp.maximum(ends - starts, 0), axis=-1)
 
-    a0, a1, b0, b1 = boxes[..., :2], boxes[..., 2:], others[..., :2], others[..., 2:]
-    inter = area(jnp.maximum(a0, b0), jnp.minimum(a1, b1))
-    union = area(a0, a1) + area(b0, b1) - inter
-    hull = area(jnp.minimum(a0, b0), jnp.maximum(a1, b1))
-    iou = inter / jnp.where(union > 0, union, 1)
-    return iou - (hull - union) / jnp.where(hull > 0, hull, 1)
+def _overlap(boxes: Array, others: Array) -> tuple[Array, Array]:
+    """Areas of intersection and union."""
+    starts = jnp.maximum(boxes[..., :2], others[..., :2])
+    ends = jnp.minimum(boxes[..., 2:], others[..., 2:])
+    inter = box_area(jnp.concatenate([starts, ends], axis=-1))
+    return inter, box_area(boxes) + box_area(others) - inter
 
 
 def window_guidance(

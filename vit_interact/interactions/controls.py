@@ -119,6 +119,50 @@ def grid_windows(windows: Windows, layout: TokenLayout) -> Int32[Array, "*batch 
     return jnp.stack([top, left, bottom, right], axis=-1).astype(jnp.int32)
 
 
+def local_windows(size: tuple[int, int], layout: TokenLayout) -> Int32[Array, "P 4"]:
+    """Boxes of one size around each query, shifted to lie inside the grid.
+
+    Args:
+      size: (height, width) in patches; cut to the grid.
+      layout: the grid.
+
+    Raises:
+      ValueError: for a size below 1.
+    """
+    height, width = _checked_size(size, layout)
+    return centred_windows(np.tile([0, 0, height, width], (layout.num_patches, 1)), layout)
+
+
+def shifted_windows(
+    size: tuple[int, int], layout: TokenLayout, shift: tuple[int, int] = (0, 0)
+) -> Int32[Array, "P 4"]:
+    """A grid of tiles of one size that do not overlap, moved up and to the left.
+
+    Layers that take turns with no shift and a shift of half a tile pass on what each sees, as in
+    Swin (Liu et al. 2021); here tiles at the border are cut off and do not wrap around.
+
+    Args:
+      size: (height, width) of a tile in patches; cut to the grid.
+      layout: the grid.
+      shift: (rows, cols) of the move.
+
+    Raises:
+      ValueError: for a size below 1.
+    """
+    tile = np.array(_checked_size(size, layout))
+    first = (layout.positions() + np.array(shift)) // tile * tile - np.array(shift)
+    most = np.array([layout.rows, layout.cols])
+    corners = np.concatenate([np.maximum(first, 0), np.minimum(first + tile, most)], axis=1)
+    return jnp.asarray(corners, jnp.int32)
+
+
+def _checked_size(size: tuple[int, int], layout: TokenLayout) -> tuple[int, int]:
+    height, width = size
+    if min(height, width) < 1:
+        raise ValueError(f"a window of {height}x{width} patches: expected at least 1x1")
+    return min(height, layout.rows), min(width, layout.cols)
+
+
 def _tilings(layout: TokenLayout) -> tuple[np.ndarray, np.ndarray]:
     """Tile sizes `[S, 2]` and their mean area over queries `[S]`."""
 

@@ -9,27 +9,35 @@ from vit_interact.layout import TokenLayout
 
 POOLS = ("cls", "gap", "map", "cls_gap")
 ACTIVATIONS = ("gelu", "gelu_tanh", "gelu_quick")
+WINDOWS = ("predicted", "given")
 
 
 @dataclasses.dataclass(frozen=True)
 class WindowConfig:
-    """How a window-free transformer predicts a window for each patch; see `models/winft.py`.
+    """Windows that patches attend within; see `models/winft.py`.
 
     Attributes:
-      layers: that predict windows; None for all. The others attend everywhere.
-      groups: windows of each patch, for as many equal groups of heads.
-      sharpness: `τ` at the start of training, in patches; sets how far windows reach at first.
+      layers: that have windows; None for all. The others attend everywhere.
+      kind: `predicted` by each patch, for a window-free transformer; or `given`: the same for all
+        images, kept with the weights.
+      groups: predicted windows of each patch, for as many equal groups of heads.
+      sharpness: `τ`, the width of the border of predicted windows in patches.
+      reach: how far beyond the grid predicted windows go before training, in patches.
       start: `b`, the logit of every distance before training: the nearer to 0, the steeper.
       hard: attend within the windows that soft ones become as they sharpen.
     """
 
     layers: tuple[int, ...] | None = None
+    kind: str = "predicted"
     groups: int = 1
     sharpness: float = 1.0
+    reach: float = 5.0
     start: float = 3.0
     hard: bool = False
 
     def __post_init__(self) -> None:
+        if self.kind not in WINDOWS:
+            raise ValueError(f"windows.kind={self.kind!r}: expected one of {WINDOWS}")
         if self.groups < 1 or self.sharpness <= 0:
             raise ValueError(
                 f"groups={self.groups}, sharpness={self.sharpness}: expected at least 1 and more "
@@ -37,7 +45,7 @@ class WindowConfig:
             )
 
     def has(self, layer: int) -> bool:
-        """Whether a layer predicts windows."""
+        """Whether a layer has windows."""
         return self.layers is None or layer in self.layers
 
 
@@ -73,7 +81,7 @@ class ViTConfig:
       scan: one compiled block looped by `nn.scan`, parameters stacked on a leading layer axis.
       remat: recompute each block in the backward pass.
       dtype: compute type name; parameters stay float32.
-      windows: how layers predict windows, for a window-free transformer; None for a plain ViT.
+      windows: that patches attend within, as in a window-free transformer; None for a plain ViT.
     """
 
     image_size: tuple[int, int] = (224, 224)
@@ -137,7 +145,7 @@ class ViTConfig:
         if windows.layers is None:
             return
         if self.scan:
-            raise ValueError("a scanned model predicts windows in all layers or in none")
+            raise ValueError("a scanned model has windows in all layers or in none")
         wrong = [layer for layer in windows.layers if not 0 <= layer < self.depth]
         if wrong:
             raise ValueError(f"windows.layers has {wrong}; the model has {self.depth} layers")
@@ -176,7 +184,9 @@ class ViTConfig:
         total += norm if self.pre_norm else 0
         if self.windows is not None:
             windowed = sum(self.windows.has(layer) for layer in range(self.depth))
-            total += windowed * 4 * self.windows.groups * (width + 1)
+            predicted = 4 * self.windows.groups * (width + 1)
+            given = 4 * self.layout.num_patches
+            total += windowed * (predicted if self.windows.kind == "predicted" else given)
         if self.pool == "map":
             total += width + attention + norm + mlp
         head = (

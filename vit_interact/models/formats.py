@@ -135,6 +135,7 @@ TIMM = Format(
         _rule(f"{_BLOCK}/ls2", "blocks.{i}.ls2.gamma"),
         # Ours, named in timm's spirit.
         *_layer(f"{_BLOCK}/WindowHead_0/Dense_0", "blocks.{i}.window_head"),
+        _rule(f"{_BLOCK}/GivenWindows_0/windows", "blocks.{i}.windows"),
         *_norm("Transformer/encoder_norm", "norm"),
         _rule(f"{_MAP}/probe", "attn_pool.latent"),
         *_layer(f"{_MAP_ATTENTION}/query", "attn_pool.q", TO_HEADS, TO_HEADS_BIAS),

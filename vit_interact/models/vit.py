@@ -25,7 +25,7 @@ from vit_interact.models.attention import (
     Taps,
 )
 from vit_interact.models.config import ViTConfig
-from vit_interact.models.winft import WindowHead
+from vit_interact.models.winft import GivenWindows, WindowHead
 
 Images = Float[Array, "B h w 3"] | Float[np.ndarray, "B h w 3"]
 Keep = Int[Array, "B K"] | Int[np.ndarray, "B K"] | None
@@ -120,8 +120,11 @@ class Block(nn.Module):
         y = _layer_norm(config, "LayerNorm_0")(x)
         if self.windowed:
             assert config.windows is not None
-            head = WindowHead(config.windows, config.layout, config.heads, name="WindowHead_0")
-            mask, bias = head(y, mask, bias, sharpness)
+            if config.windows.kind == "given":
+                mask = GivenWindows(config.layout, name="GivenWindows_0")(mask)
+            else:
+                head = WindowHead(config.windows, config.layout, config.heads, name="WindowHead_0")
+                mask, bias = head(y, mask, bias, sharpness)
         x = residual(x, attention(y, y, mask, bias, scales[0]), scales[0])
         y = _layer_norm(config, "LayerNorm_1")(x)
         x = residual(x, MlpBlock(config, name="MlpBlock_0")(y, train), scales[1])
@@ -306,7 +309,7 @@ class ViT(nn.Module):
         x = self.embed(images, train=train)
         if keep is not None:
             if self.config.windows is not None:
-                raise ValueError("a model that predicts windows needs all patches: keep=None")
+                raise ValueError("a model with windows needs all patches: keep=None")
             prefix, patches = jnp.split(x, [self.config.prefix], axis=1)
             patches = jnp.take_along_axis(patches, jnp.asarray(keep)[..., None], axis=1)
             x = jnp.concatenate([prefix, patches], axis=1)

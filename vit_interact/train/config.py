@@ -32,6 +32,8 @@ CHOICES = {
     "schedule.kind": ("cosine", "linear", "constant"),
     "loss.kind": ("softmax", "sigmoid"),
     "distill.kind": ("soft", "hard"),
+    "winft.windows": ("", "predicted", "local", "shifted", "random", "offset", "teacher"),
+    "winft.guide": ("", "self", "teacher", "file"),
     "sharding.strategy": ("replicate", "fsdp", "tensor"),
     "checkpoint.export": ("best", "last", "none"),
     "on_change": ("error", "continue"),
@@ -114,6 +116,7 @@ def default_config() -> ConfigDict:
         1.0  # factor of the learning rate from each block to the one below
     )
     config.optimizer.head_rate = 1.0  # factor of the learning rate of the head
+    config.optimizer.window_rate = 1.0  # factor for what predicts windows
     config.optimizer.accumulate = 1  # parts that a batch is computed in
 
     config.schedule = ConfigDict()
@@ -132,6 +135,24 @@ def default_config() -> ConfigDict:
     config.distill.kind = "soft"
     config.distill.weight = 0.5  # of the teacher's part of the loss
     config.distill.temperature = 1.0
+
+    # Windows that patches attend within; see train/windows.py.
+    config.winft = ConfigDict()
+    config.winft.windows = ""  # "" none, "predicted", or one of what that is compared with
+    config.winft.layers = ()  # () for all
+    config.winft.size = (5, 5)  # patches; of "local", "shifted" and "random" windows
+    config.winft.groups = 1  # windows of a patch, for as many groups of heads
+    config.winft.reach = 5.0  # patches beyond the grid, before training
+    config.winft.start = 3.0  # logit of every distance, before training
+    config.winft.sharpness = (1.0, 1.0)  # patches, at the first and the last step; geometric
+    # What teaches predicted windows: the model itself, a teacher, a file, or "" for the task only.
+    config.winft.guide = "self"
+    config.winft.weight = (1.0, 1.0)  # of the guidance loss at the first and last step; linear
+    config.winft.every = 8  # one of so many images of a batch guides
+    config.winft.teacher = ""  # anything that vi.load_model reads, of the same depth and grid
+    config.winft.file = ""  # a store of vit-interact statistics
+    config.winft.indicator = "leave_one_out"
+    config.winft.coverage = 0.9
 
     config.sharding = ConfigDict()
     config.sharding.strategy = "replicate"  # "fsdp", "tensor"

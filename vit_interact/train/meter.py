@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from vit_interact.models.vit import ViT
+from vit_interact.models.winft import window_layers
 from vit_interact.train import speed
 from vit_interact.train.alongside import Alongside
 from vit_interact.train.log import Log
@@ -60,6 +61,7 @@ class Meter:
         self.peak, self.peak_from = speed.peak_flops(devices)
         # All at once: asked step by step, the device would finish its queue first.
         self._rates = np.broadcast_to(np.asarray(schedule(np.arange(steps))), (steps,))
+        self._window_layers = window_layers(model)
         self._pending: tuple[int, Running, Alongside | None] | None = None
         self._since: tuple[int, float] | None = None
         self._waited = 0.0
@@ -102,6 +104,13 @@ class Meter:
                 ("loss", sums.loss), ("accuracy", sums.accuracy), ("grad_norm", sums.grad_norm)
             )
         }  # fmt: skip
+        for name, sum_ in sums.windows.items():
+            value = np.asarray(sum_.total) / max(float(sum_.count), 1.0)
+            if name == "area":
+                by_layer = zip(self._window_layers, value, strict=True)
+                figures |= {f"windows/area/layer_{i:02d}": float(one) for i, one in by_layer}
+                value = value.mean()
+            figures[f"windows/{name}"] = float(value)
         figures["train/unread"] = float(sums.unread.total)
         figures["train/rate"] = float(self._rates[step - 1])
         figures["train/epoch"] = step / self.epoch
@@ -136,6 +145,10 @@ class Meter:
             f"step {step}/{self.steps} (epoch {figures['train/epoch']:.2f})  "
             f"loss {figures['train/loss']:.4f}  top-1 {figures['train/accuracy']:.1%}"
         )
+        if "windows/guidance" in figures:
+            text += f"  windows {figures['windows/guidance']:.3f} off"
+        if "windows/area" in figures:
+            text += f"  area {figures['windows/area']:.0%}"
         if "speed/mfu" in figures:
             rate = figures["speed/images_per_s"]
             left = datetime.timedelta(seconds=round((self.steps - step) * self.batch_size / rate))

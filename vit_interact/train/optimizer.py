@@ -61,7 +61,7 @@ def make_optimizer(
     Raises:
       ValueError: for a pattern that is no regular expression, matches nothing or freezes all.
     """
-    frozen = matches(params, config.freeze, "freeze")
+    frozen = still(params, config.freeze)
     if all(jax.tree.leaves(frozen)):
         raise ValueError(f"config.optimizer.freeze={config.freeze!r} freezes every parameter")
     rules: list[optax.GradientTransformation] = []
@@ -81,8 +81,9 @@ def make_optimizer(
         rules.append(
             optax.add_decayed_weights(config.weight_decay, functools.partial(_like, decayed))
         )
-    factors = rate_factors(params, depth, config.layer_decay, config.head_rate)
-    if config.layer_decay != 1 or config.head_rate != 1:
+    rates = (config.layer_decay, config.head_rate, config.window_rate)
+    factors = rate_factors(params, depth, *rates)
+    if rates != (1, 1, 1):
         rules.append(_scale_by(factors))
     rules.append(optax.scale_by_learning_rate(schedule))
     rule = optax.chain(*rules)
@@ -90,6 +91,17 @@ def make_optimizer(
         return rule
     labels = jax.tree.map(lambda still: "frozen" if still else "trained", frozen)
     return optax.partition({"trained": rule, "frozen": optax.set_to_zero()}, labels)
+
+
+def still(params: Any, pattern: str) -> Any:
+    """Which parameters are frozen: those that match, and windows that are given.
+
+    Raises:
+      ValueError: for a pattern that is no regular expression or finds nothing.
+    """
+    asked = matches(params, pattern, "freeze")
+    given = matches(params, r"GivenWindows_0/windows$", "freeze", must=False)
+    return jax.tree.map(lambda one, other: one or other, asked, given)
 
 
 def matches(params: Any, pattern: str, name: str, must: bool = True) -> Any:
@@ -113,7 +125,7 @@ def matches(params: Any, pattern: str, name: str, must: bool = True) -> Any:
     return found
 
 
-def rate_factors(params: Any, depth: int, decay: float, head: float) -> Any:
+def rate_factors(params: Any, depth: int, decay: float, head: float, windows: float = 1.0) -> Any:
     """Factor of the learning rate for each parameter.
 
     Embeddings are layer 0, block `i` is layer `i + 1`, norm and head are layer `depth + 1`; layer
@@ -123,12 +135,13 @@ def rate_factors(params: Any, depth: int, decay: float, head: float) -> Any:
 
     def factor(keys: Any, leaf: Any) -> float | np.ndarray:
         path = path_of(keys)
+        own = windows if "WindowHead_0" in path else 1.0
         if path.startswith(("head", "head_dist")):
             return head
         if found := re.match(r"Transformer/encoderblock_(\d+)/", path):
-            return float(decay ** (depth - int(found.group(1))))
+            return float(own * decay ** (depth - int(found.group(1))))
         if path.startswith("Transformer/encoderblock/"):
-            by_layer = decay ** np.arange(depth, 0, -1, dtype=np.float32)
+            by_layer = own * decay ** np.arange(depth, 0, -1, dtype=np.float32)
             return by_layer.reshape(-1, *(1,) * (len(leaf.shape) - 1))
         if path.startswith(("Transformer/encoder_norm", "pool_norm", "MAPHead_0")):
             return 1.0

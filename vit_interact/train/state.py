@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -19,22 +19,34 @@ from vit_interact.train.sharding import state_sharding
 
 @flax.struct.dataclass
 class Running(metrics.Metric):
-    """Sums over the steps since the last line of the log; with them a run goes on exactly."""
+    """Sums over the steps since the last line of the log; with them a run goes on exactly.
+
+    `windows` holds averages that a window-free transformer has beside: `area` by layer, and with
+    guidance `guidance` and `iou`. (Orbax puts other things in the place of an empty dict.)
+    """
 
     loss: metrics.Average
     accuracy: metrics.Average
     grad_norm: metrics.Average
     unread: metrics.Average
+    windows: Any
 
     def merge(self, other: Running) -> Running:
         """Sums over the steps of both."""
         return jax.tree.map(jnp.add, self, other)
 
 
-def no_metrics() -> Running:
-    """Sums over nothing."""
+def no_metrics(windows: int = 0, guided: bool = False) -> Running:
+    """Sums over nothing.
+
+    Args:
+      windows: layers that predict windows.
+      guided: whether a guide teaches them.
+    """
     zero = metrics.Average(total=jnp.zeros((), jnp.float32), count=jnp.zeros((), jnp.float32))
-    return Running(zero, zero, zero, zero)
+    beside = {"area": zero.replace(total=jnp.zeros(windows))} if windows else {}
+    beside |= {"guidance": zero, "iou": zero} if guided else {}
+    return Running(zero, zero, zero, zero, beside)
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -62,15 +74,20 @@ class TrainState(flax.struct.PyTreeNode):
         return self.params if self.ema is None else self.ema
 
 
-def begin(params: Any, optimizer: optax.GradientTransformation, ema: bool) -> TrainState:
-    """The state before the first step; traceable."""
+def begin(
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    ema: bool,
+    running: Running | None = None,
+) -> TrainState:
+    """The state before the first step; traceable. `running` holds other sums than the usual."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
         # A copy: donated buffers must not be shared.
         ema=jax.tree.map(jnp.copy, params) if ema else None,
-        running=no_metrics(),
+        running=no_metrics() if running is None else running,
     )
 
 
@@ -88,6 +105,8 @@ def create_state(
     seed: int,
     ema: bool = False,
     loaded: Mapping[str, Any] | None = None,
+    running: Running | None = None,
+    prepare: Callable[[Any], Any] = lambda params: params,
 ) -> TrainState:
     """Makes the state, each array born on the devices that keep it.
 
@@ -98,15 +117,18 @@ def create_state(
       seed: of random parameters.
       ema: whether parameters are averaged.
       loaded: parameters to begin with; None draws random ones. They are copied.
+      running: sums over nothing; None for the usual ones.
+      prepare: changes parameters before the first step; traceable.
     """
-    abstract = abstract_state(model, optimizer, mesh, ema)
+    abstract = abstract_state(model, optimizer, mesh, ema, running)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     if loaded is None:
 
         def draw(key: Array) -> TrainState:
             height, width = model.config.image_size
             images = jnp.zeros((1, height, width, 3))
-            return begin(model.init(key, images)["params"], optimizer, ema)
+            drawn = prepare(model.init(key, images)["params"])
+            return begin(drawn, optimizer, ema, running)
 
         return jax.jit(draw, out_shardings=shardings)(jax.random.key(seed))
     placed = jax.tree.map(
@@ -116,14 +138,26 @@ def create_state(
         dict(loaded),
         shardings.params,
     )
-    return jax.jit(lambda params: begin(params, optimizer, ema), out_shardings=shardings)(placed)
+
+    def start(params: Any) -> TrainState:
+        return begin(prepare(params), optimizer, ema, running)
+
+    return jax.jit(start, out_shardings=shardings)(placed)
 
 
 def abstract_state(
-    model: ViT, optimizer: optax.GradientTransformation, mesh: Mesh, ema: bool
+    model: ViT,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    ema: bool,
+    running: Running | None = None,
 ) -> TrainState:
     """Shapes, types and shardings of the state."""
-    shapes = jax.eval_shape(lambda params: begin(params, optimizer, ema), param_shapes(model))
+
+    def start(params: Any) -> TrainState:
+        return begin(params, optimizer, ema, running)
+
+    shapes = jax.eval_shape(start, param_shapes(model))
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         shapes,

@@ -15,8 +15,10 @@ from jaxtyping import Array, Float
 from vit_interact.data.augment import Augment, augment_images, erase_images, mix_images
 from vit_interact.data.preprocess import Preprocess
 from vit_interact.models.vit import ViT
+from vit_interact.models.winft import predicted_distances, window_layers
 from vit_interact.train.evaluate import Evaluation
 from vit_interact.train.state import Running, TrainState, no_metrics
+from vit_interact.train.windows import Guide, guidance, renormalized, window_shares
 
 Batch = Mapping[str, Array]
 
@@ -60,6 +62,10 @@ class Recipe:
       loss: `softmax` or `sigmoid`.
       ema: decay of averaged parameters, 0 for none.
       teacher: for distillation.
+      guide: teaches predicted windows, or None.
+      attend: says which windows are attended within, or None.
+      weight: of the guidance loss by step.
+      sharpness: of predicted windows by step, or None for that of the model.
     """
 
     model: ViT
@@ -75,14 +81,23 @@ class Recipe:
     loss: str = "softmax"
     ema: float = 0.0
     teacher: Teacher | None = None
+    guide: Guide | None = None
+    attend: Guide | None = None
+    weight: Callable[[Any], Any] = lambda step: 0.0
+    sharpness: Callable[[Any], Any] | None = None
+
+    def nothing(self) -> Running:
+        """Sums before the first step."""
+        return no_metrics(len(window_layers(self.model)), self.guide is not None)
 
 
 def make_train_step(recipe: Recipe) -> Callable[..., tuple[TrainState, Running]]:
     """The step `(state, batch, store, teaching) -> (state, sums for the log)`.
 
     `store` is an array of all pictures on the device, uint8 `[n, h, w, 3]`, or None when they come
-    with the batch; `teaching` the parameters of the teacher, or None.
+    with the batch; `teaching` the parameters of the teachers, under `classes` and `windows`.
     """
+    predicts = bool(window_layers(recipe.model))
 
     def train_step(
         state: TrainState, batch: Batch, store: Any = None, teaching: Any = None
@@ -91,7 +106,9 @@ def make_train_step(recipe: Recipe) -> Callable[..., tuple[TrainState, Running]]
         images, targets = _prepare(recipe, batch, store, keys)
         count = jnp.maximum(jnp.sum(batch["mask"].astype(jnp.float32)), 1.0)
 
-        def part_loss(params: Any, part: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        sharpness = None if recipe.sharpness is None else recipe.sharpness(state.step)
+
+        def part_loss(params: Any, part: tuple[Array, Array, Array]) -> tuple[Array, Any]:
             images, targets, number = part
             params = jax.tree.map(
                 lambda leaf, still: jax.lax.stop_gradient(leaf) if still else leaf,
@@ -99,17 +116,30 @@ def make_train_step(recipe: Recipe) -> Callable[..., tuple[TrainState, Running]]
                 recipe.frozen,
             )
             dropout = {"dropout": jax.random.fold_in(keys[3], number)}
-            outputs: Any = recipe.model.apply({"params": params}, images, train=True, rngs=dropout)
-            logits = outputs.astype(jnp.float32)
-            losses = _losses(recipe, logits, targets, images, teaching)
+            settings: dict[str, Any] = {"train": True, "rngs": dropout}
+            share = targets[:, -1]
+            windows: dict[str, Array] = {}
+            found: Any
+            if predicts:
+                found, distances = predicted_distances(
+                    recipe.model, params, images, sharpness=sharpness, **settings
+                )
+                windows = _about_windows(recipe, params, teaching, images, distances, share / count)
+            else:
+                mask = _masks(recipe.attend, recipe.model, recipe.preprocess, teaching, images)
+                found = recipe.model.apply({"params": params}, images, mask=mask, **settings)
+            logits = found.astype(jnp.float32)
+            loss = jnp.sum(_losses(recipe, logits, targets, images, teaching)) / count
             right = jnp.argmax(logits, -1) == jnp.argmax(targets[:, :-1], -1)
-            return jnp.sum(losses) / count, jnp.sum(right * targets[:, -1]) / count
+            accuracy = jnp.sum(right * share) / count
+            total = loss + recipe.weight(state.step) * windows.get("guidance", 0.0)
+            return total, {"loss": loss, "accuracy": accuracy, "windows": windows}
 
-        grad_of = jax.value_and_grad(part_loss, has_aux=True)
+        grad_of = jax.grad(part_loss, has_aux=True)
         if recipe.parts == 1:
-            (loss, accuracy), grads = grad_of(state.params, (images, targets, jnp.zeros((), int)))
+            grads, figures = grad_of(state.params, (images, targets, jnp.zeros((), int)))
         else:
-            loss, accuracy, grads = _in_parts(grad_of, state.params, images, targets, recipe.parts)
+            grads, figures = _in_parts(grad_of, state.params, images, targets, recipe.parts)
         updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
@@ -121,17 +151,21 @@ def make_train_step(recipe: Recipe) -> Callable[..., tuple[TrainState, Running]]
             ema = optax.incremental_update(params, ema, 1 - decay)
         one = jnp.ones((), jnp.float32)
         here = Running(
-            loss=metrics.Average(total=loss * count, count=count),
-            accuracy=metrics.Average(total=accuracy * count, count=count),
+            loss=metrics.Average(total=figures["loss"] * count, count=count),
+            accuracy=metrics.Average(total=figures["accuracy"] * count, count=count),
             grad_norm=metrics.Average(total=optax.tree.norm(grads), count=one),
             unread=metrics.Average(
                 total=jnp.sum(1.0 - batch["mask"].astype(jnp.float32)), count=one
             ),
+            windows={
+                name: metrics.Average(total=value * count, count=count)
+                for name, value in figures["windows"].items()
+            },
         )
         before = jax.tree.map(
             lambda kept, none: jnp.where(state.step % recipe.log_every == 0, none, kept),
             state.running,
-            no_metrics(),
+            recipe.nothing(),
         )
         running = before.merge(here)
         state = TrainState(state.step + 1, params, opt_state, ema, running)
@@ -176,10 +210,9 @@ def _losses(
     teacher = recipe.teacher
     if teacher is None:
         return losses
-    ours, theirs = recipe.preprocess, teacher.preprocess
-    pixels = images * jnp.asarray(ours.std) + jnp.asarray(ours.mean)
     taught: Any = teacher.model.apply(
-        {"params": teaching}, (pixels - jnp.asarray(theirs.mean)) / jnp.asarray(theirs.std)
+        {"params": _of(teaching, "classes")},
+        renormalized(images, recipe.preprocess, teacher.preprocess),
     )
     taught = jax.lax.stop_gradient(taught.astype(jnp.float32))
     if teacher.kind == "hard":
@@ -193,10 +226,47 @@ def _losses(
     return (1 - teacher.weight) * losses + teacher.weight * share * lesson
 
 
+def _about_windows(
+    recipe: Recipe,
+    params: Any,
+    teaching: Any,
+    images: Float[Array, "B h w 3"],
+    distances: Float[Array, "L B G P 4"],
+    shares: Float[Array, " B"],
+) -> dict[str, Array]:
+    """Area by layer, and with a guide its loss and the mean IoU with its windows."""
+    layout, guide = recipe.model.config.layout, recipe.guide
+    found = {"area": jnp.sum(window_shares(distances, layout) * shares[:, None], axis=0)}
+    if guide is None:
+        return found
+    still = jax.lax.stop_gradient(params)
+    goal = guide.windows(
+        recipe.model, still, _of(teaching, "windows"), guide.chosen(images), recipe.preprocess
+    )
+    few = jnp.moveaxis(guide.chosen(jnp.moveaxis(distances, 1, 0)), 0, 1)
+    losses, shared = guidance(few, *goal, layout)
+    shares = guide.chosen(shares) * guide.every
+    return {**found, "guidance": jnp.sum(losses * shares), "iou": jnp.sum(shared * shares)}
+
+
+def _masks(
+    attend: Guide | None, model: ViT, preprocess: Preprocess, teaching: Any, images: Array
+) -> list[Any] | None:
+    """Masks of the windows that a teacher draws for each image, or None."""
+    if attend is None:
+        return None
+    windows, _ = attend.windows(model, None, teaching["windows"], images, preprocess)
+    return attend.masks(model, windows)
+
+
+def _of(teaching: Any, name: str) -> Any:
+    return None if teaching is None else teaching.get(name)
+
+
 def _in_parts(
     grad_of: Callable[..., Any], params: Any, images: Array, targets: Array, parts: int
-) -> tuple[Array, Array, Any]:
-    """Loss, accuracy and gradient of a batch, computed a part at a time.
+) -> tuple[Any, Any]:
+    """Gradient and figures of a batch, computed a part at a time.
 
     Every part takes images from all over the batch, so that each device keeps its own.
     """
@@ -205,21 +275,26 @@ def _in_parts(
         return jnp.moveaxis(array.reshape(-1, parts, *array.shape[1:]), 1, 0)
 
     def add(sums: Any, part: Any) -> tuple[Any, None]:
-        (loss, accuracy), grads = grad_of(params, part)
-        return jax.tree.map(jnp.add, sums, (loss, accuracy, grads)), None
+        return jax.tree.map(jnp.add, sums, grad_of(params, part)), None
 
-    zero = jnp.zeros((), jnp.float32)
-    start = (zero, zero, jax.tree.map(jnp.zeros_like, params))
-    sums, _ = jax.lax.scan(add, start, (split(images), split(targets), jnp.arange(parts)))
+    parts_of = (split(images), split(targets), jnp.arange(parts))
+    shapes = jax.eval_shape(grad_of, params, jax.tree.map(lambda array: array[0], parts_of))
+    start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    sums, _ = jax.lax.scan(add, start, parts_of)
     return sums
 
 
-def make_eval_step(model: ViT, preprocess: Preprocess) -> Callable[..., Evaluation]:
-    """The step `(parameters, batch) -> sums of this batch`."""
+def make_eval_step(
+    model: ViT, preprocess: Preprocess, attend: Guide | None = None
+) -> Callable[..., Evaluation]:
+    """The step `(parameters, batch, sharpness, teaching) -> sums of this batch`."""
 
-    def eval_step(params: Any, batch: Batch) -> Evaluation:
+    def eval_step(
+        params: Any, batch: Batch, sharpness: Any = None, teaching: Any = None
+    ) -> Evaluation:
         images = preprocess.normalize(batch["pictures"])
-        logits: Any = model.apply({"params": params}, images)
+        mask = _masks(attend, model, preprocess, teaching, images)
+        logits: Any = model.apply({"params": params}, images, mask=mask, sharpness=sharpness)
         return Evaluation.of(logits.astype(jnp.float32), batch["labels"], batch["mask"])
 
     return eval_step

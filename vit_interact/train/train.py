@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,12 +19,13 @@ from vit_interact.train.evaluate import evaluate, scalars
 from vit_interact.train.inputs import EvalFeed, Feed, Inputs, make_augment, on_device
 from vit_interact.train.log import Log, read_lines
 from vit_interact.train.meter import Interrupt, Meter
-from vit_interact.train.optimizer import make_optimizer, make_schedule, matches
+from vit_interact.train.optimizer import make_optimizer, make_schedule, still
 from vit_interact.train.results import describe, draw, export, overview, write_figures
 from vit_interact.train.sharding import check_mesh, make_mesh, replicated
 from vit_interact.train.start import choose_start, load_teacher
 from vit_interact.train.state import abstract_state, create_state, param_shapes
 from vit_interact.train.step import Recipe, make_eval_step, make_train_step
+from vit_interact.train.windows import check_windows, plan_windows
 
 Watch = Callable[[Iterable[Any], int], Iterable[Any]]
 
@@ -62,29 +64,43 @@ def train(
     # Read at the end, but what is wrong with it should not wait till then.
     test = inputs.open_test()
     start = choose_start(config, inputs.class_names)
-    model, preprocess = start.model, start.preprocess
     sharding = config.sharding
     mesh = make_mesh(sharding.strategy, sharding.fsdp, sharding.model, devices)
-    check_mesh(mesh, config.batch_size, config.optimizer.accumulate, model.config.heads)
-    teacher = load_teacher(config, model, inputs.class_names)
+    parts = config.optimizer.accumulate
+    check_mesh(mesh, config.batch_size, parts, start.model.config.heads)
+    check_windows(config.winft, config.batch_size // parts)
     augment = make_augment(config.augment)
     epoch = len(inputs.train) / config.batch_size
     steps = config.steps or math.ceil(config.epochs * epoch)
     schedule = make_schedule(config.schedule, steps, epoch)
+    windowing = plan_windows(config, start.model, start.params, steps)
+    model, preprocess = windowing.model, start.preprocess
+    teacher = load_teacher(config, model, inputs.class_names)
     shapes = param_shapes(model)
     optimizer = make_optimizer(config.optimizer, schedule, shapes, model.config.depth)
-    frozen = matches(shapes, config.optimizer.freeze, "freeze")
+    frozen = still(shapes, config.optimizer.freeze)
     if config.compile_cache:
         jax.config.update("jax_compilation_cache_dir", config.compile_cache)
 
+    recipe = Recipe(
+        model, optimizer, frozen, augment, on_device(config), preprocess, config.seed, parts,
+        config.log_every, config.loss.smoothing, config.loss.kind, config.ema, teacher,
+        windowing.guide, windowing.attend, windowing.weight, windowing.sharpness,
+    )  # fmt: skip
+    teachers = {"classes": teacher and teacher.params, "windows": windowing.teaching}
+    teaching = jax.device_put(teachers, replicated(mesh))
+
     # Where the run stands.
     checkpoints = Checkpoints(workdir, config.checkpoint.keep_last, config.checkpoint.keep_best)
-    abstract = abstract_state(model, optimizer, mesh, config.ema > 0)
+    abstract = abstract_state(model, optimizer, mesh, config.ema > 0, recipe.nothing())
     record = describe(as_json(config), model, preprocess, inputs, steps)
     found = checkpoints.resume(abstract, record["config"], config.on_change)
     if found is None:
         lines = start.lines
-        state = create_state(model, optimizer, mesh, config.seed, config.ema > 0, start.params)
+        state = create_state(
+            model, optimizer, mesh, config.seed, config.ema > 0, windowing.params,
+            recipe.nothing(), windowing.prepare,
+        )  # fmt: skip
     else:
         state = found
         lines = (f"going on from step {int(state.step)} in {workdir}",)
@@ -93,16 +109,19 @@ def train(
     log = Log(workdir, step, config.tensorboard, jax.process_index() == 0)
     for line in (*lines, overview(model, mesh, inputs, config.batch_size, steps)):
         log.say(line)
-    eval_step = jax.jit(make_eval_step(model, preprocess), out_shardings=replicated(mesh))
+    eval_step = jax.jit(
+        make_eval_step(model, preprocess, windowing.attend), out_shardings=replicated(mesh)
+    )
     val = None if inputs.val is None else EvalFeed(inputs.val, config, mesh, preprocess)
     result: dict[str, Any] = {"step": step, "finished": step >= steps}
 
     def judge(split: str, feed: EvalFeed, curve: bool = False) -> float:
-        figures = evaluate(eval_step, state.best_params, feed.batches())
-        last = not curve or int(state.step) == steps
-        write_figures(
-            workdir, split, figures, inputs.class_names, log, int(state.step), curve, last
-        )
+        now = int(state.step)
+        settings = {"sharpness": windowing.sharpness_at(now), "teaching": teaching}
+        seen = functools.partial(eval_step, **settings)
+        figures = evaluate(seen, state.best_params, feed.batches())
+        last = not curve or now == steps
+        write_figures(workdir, split, figures, inputs.class_names, log, now, curve, last)
         result[split] = scalars(figures)
         return float(figures["accuracy"])
 
@@ -121,18 +140,12 @@ def train(
         (workdir / "parameters.txt").write_text(get_parameter_overview(state.params), "utf-8")
 
     # The programs and what feeds them.
-    recipe = Recipe(
-        model, optimizer, frozen, augment, on_device(config), preprocess, config.seed,
-        config.optimizer.accumulate, config.log_every, config.loss.smoothing, config.loss.kind,
-        config.ema, teacher,
-    )  # fmt: skip
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     train_step = jax.jit(
         make_train_step(recipe),
         donate_argnames="state",
         out_shardings=(shardings, replicated(mesh)),
     )
-    teaching = None if teacher is None else jax.device_put(teacher.params, replicated(mesh))
     feed = Feed(inputs.train, config, mesh, model.config.image_size, watch)
     if feed.kept_bytes:
         log.say(f"{feed.kept_bytes / 2**30:.2f} GiB of decoded images kept in memory")
@@ -185,7 +198,9 @@ def train(
             checkpoints.save(state, record, accuracy)
             better = accuracy is not None and accuracy > best
             if config.checkpoint.export == "last" or better or (val is None and stops):
-                export(workdir, state, model, preprocess, inputs.class_names, mesh)
+                export(
+                    workdir, state, windowing.model_at(step), preprocess, inputs.class_names, mesh
+                )
             best = max(best, -1.0 if accuracy is None else accuracy)
             meter.restart(step)
             if stops and step < steps:

@@ -1,0 +1,196 @@
+"""Trains every arm of the window comparison with several seeds, and makes its table.
+
+Each run is a run of `vit_interact.train` in a folder of its own: finished ones are kept, a killed
+one goes on. Runs that fail are listed and do not stop the others.
+
+Examples:
+  python tools/compare_windows.py --data /data/cifar10 --out runs --arms vit,local,winft --seeds 0
+  python tools/compare_windows.py --data /data/cifar10 --out runs --jobs 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import os
+import platform
+import queue
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ARMS = ("vit", "local", "shifted", "random", "offset", "teacher", "free", "winft", "taught")
+TAUGHT = ("offset", "teacher", "taught")
+
+
+def main() -> None:
+    """Runs what is not done and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Formatter)
+    parser.add_argument("--config", default="configs/winft_cifar10_cpu.py", help="without an arm")
+    parser.add_argument("--data", required=True, help="as config.data.source")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs and the table")
+    parser.add_argument("--arms", default=",".join(ARMS), help="default: all")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its own cores")
+    parser.add_argument("--test", action="store_true", help="read the test split, at the very end")
+    parser.add_argument("settings", nargs="*", help="further settings, such as epochs=3")
+    arguments = parser.parse_args()
+    arms = arguments.arms.split(",")
+    if unknown := set(arms) - set(ARMS):
+        parser.error(f"no arm is called {', '.join(sorted(unknown))}; there are {', '.join(ARMS)}")
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+
+    cores: queue.Queue[set[int]] = queue.Queue()
+    mine = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    for job in range(arguments.jobs):
+        cores.put(set(mine[job :: arguments.jobs]))
+
+    # Teachers first: others wait for theirs.
+    order = sorted(
+        ((arm, seed) for seed in seeds for arm in arms), key=lambda run: run[0] in TAUGHT
+    )
+    failed: dict[str, str] = {}
+    done = 0
+    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+        for taught in (False, True):
+            runs = [run for run in order if (run[0] in TAUGHT) == taught]
+            futures = {pool.submit(_run, arguments, *run, cores): run for run in runs}
+            for future in concurrent.futures.as_completed(futures):
+                arm, seed = futures[future]
+                done += 1
+                error = future.result()
+                if error:
+                    failed[f"{arm}_{seed}"] = error
+                print(f"{done}/{len(order)} {arm}_{seed}: {error or 'done'}", flush=True)
+    table = _table(arguments, arms, seeds, failed)
+    (arguments.out / "table.json").write_text(json.dumps(table, indent=1) + "\n", "utf-8")
+    _print(table)
+    raise SystemExit(1 if failed else 0)
+
+
+def _run(arguments: Any, arm: str, seed: int, cores: queue.Queue[set[int]]) -> str:
+    """One run; returns what went wrong."""
+    folder = arguments.out / f"{arm}_{seed}"
+    settings = [f"data.source={arguments.data}", f"seed={seed}", *arguments.settings]
+    if not arguments.test:
+        settings.append("data.test=")
+    teacher = arguments.out / f"vit_{seed}"
+    mine = cores.get()
+    try:
+        if arm in TAUGHT and not (teacher / "model.safetensors").exists():
+            return f"its teacher {teacher} is not there"
+        if arm in ("teacher", "taught"):
+            settings.append(f"winft.teacher={teacher}")
+        if arm == "offset":
+            store = arguments.out / f"vit_{seed}.zarr"
+            settings.append(f"winft.file={store}")
+            survey = [
+                "-m", "vit_interact.cli", "statistics", "--model", str(teacher),
+                "--data", f"{arguments.data}/train", "--limit", "1000",
+                "--indicators", "leave_one_out", "--out", str(store),
+            ]  # fmt: skip
+            if error := _call(survey, folder, mine):
+                return error
+        command = ["-m", "vit_interact.train", f"--config={arguments.config}:{arm}"]
+        command += [f"--workdir={folder}", *(f"--config.{setting}" for setting in settings)]
+        return _call(command, folder, mine)
+    finally:
+        cores.put(mine)
+
+
+def _call(command: list[str], folder: Path, cores: set[int]) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def pin() -> None:
+        if cores:
+            os.sched_setaffinity(0, cores)
+
+    with (folder / "log.txt").open("a") as log:
+        code = subprocess.run(
+            [sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, preexec_fn=pin
+        ).returncode
+    last = (folder / "log.txt").read_text().strip().splitlines()[-1:]
+    return f"exit {code}: {' '.join(last)}" if code else ""
+
+
+def _table(
+    arguments: Any, arms: list[str], seeds: list[int], failed: dict[str, str]
+) -> dict[str, Any]:
+    import jax
+
+    rows = {}
+    for arm in arms:
+        runs = {}
+        for seed in seeds:
+            folder = arguments.out / f"{arm}_{seed}"
+            if f"{arm}_{seed}" not in failed:
+                runs[seed] = _figures(folder)
+        if runs:
+            rows[arm] = {"runs": runs, **_pooled(list(runs.values()))}
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "config": arguments.config,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores, "
+        f"{arguments.jobs} runs at a time",
+        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+        "arms": rows,
+        "failed": failed,
+    }
+
+
+def _figures(folder: Path) -> dict[str, Any]:
+    """What one run gave: held-out accuracy by epoch, and the rest at the last step."""
+    from vit_interact.models.config import ViTConfig
+    from vit_interact.train.speed import forward_flops
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    train = [line for line in lines if "train/loss" in line]
+    held = [line["val/accuracy"] for line in lines if "val/accuracy" in line]
+    config = ViTConfig.from_dict(json.loads((folder / "experiment.json").read_text())["model"])
+    rates = [line["speed/images_per_s"] for line in train if "speed/images_per_s" in line]
+    test = folder / "test.json"
+    return {
+        "val": held[-1],
+        "val_by_evaluation": held,
+        "test": json.loads(test.read_text())["accuracy"] if test.exists() else None,
+        "train_loss": train[-1]["train/loss"],
+        "parameters": config.count_parameters(),
+        "forward_gflops": forward_flops(config) / 1e9,
+        "images_per_s": statistics.median(rates) if rates else None,
+        **{key: value for key, value in train[-1].items() if key.startswith("windows/")},
+    }
+
+
+def _pooled(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    found = {}
+    for name in ("val", "test"):
+        values = [run[name] for run in runs if run[name] is not None]
+        if values:
+            spread = statistics.stdev(values) if len(values) > 1 else None
+            found[name] = {"mean": statistics.mean(values), "deviation": spread}
+    return found
+
+
+def _print(table: dict[str, Any]) -> None:
+    print(f"{'arm':10} {'runs':>4} {'held-out':>16} {'area':>6} {'images/s':>9}")
+    for arm, row in table["arms"].items():
+        val, runs = row["val"], list(row["runs"].values())
+        spread = "" if val["deviation"] is None else f" ± {val['deviation']:.2%}"
+        area = runs[0].get("windows/area")
+        area = "" if area is None else f"{area:.0%}"
+        speed = runs[0]["images_per_s"] or 0
+        print(f"{arm:10} {len(runs):4} {val['mean']:9.2%}{spread:>7} {area:>6} {speed:9.1f}")
+    for run, error in table["failed"].items():
+        print(f"failed: {run}: {error}")
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+if __name__ == "__main__":
+    main()
