@@ -3,9 +3,9 @@
     python -m benchmarks.training [--json] [--model vit_ti16] [--size 112] [--batch-size 32]
 
 The data path reads the embedded photographs again and again: decoded each time or kept in memory,
-with augmentation by the host and without, and with it by the device. Then training steps and
-indicator runs take turns in one process; medians are printed, and the share of a step that the
-indicator costs when it runs every 100 steps.
+with augmentation by the host and without, and with it by the device. Then training steps (plain,
+with predicted windows, with guidance of them) and indicator runs take turns in one process; medians
+are printed, and the shares of a step that guidance and an indicator every 100 steps cost.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ import numpy as np
 import vit_interact as vi
 from vit_interact.data.preprocess import Preprocess
 from vit_interact.data.samples import sample_weights
+from vit_interact.models.vit import ViT
 from vit_interact.train.alongside import Alongside
 from vit_interact.train.config import default_config
 from vit_interact.train.inputs import EvalFeed, Feed, Inputs, make_augment
-from vit_interact.train.optimizer import make_optimizer, make_schedule, matches
+from vit_interact.train.optimizer import make_optimizer, make_schedule, still
 from vit_interact.train.sharding import make_mesh
 from vit_interact.train.state import create_state, param_shapes
 from vit_interact.train.step import Recipe, make_train_step
+from vit_interact.train.windows import plan_windows
 
 EVERY = 100
 
@@ -102,27 +104,18 @@ def _steps(config: Any, repeats: int) -> dict[str, float]:
         config.model.name, num_classes=101, image_size=size, dtype=config.model.dtype
     )
     mesh, preprocess = make_mesh(), Preprocess(size=size)
-    schedule = make_schedule(config.schedule, 1000, 100.0)
-    source, shapes = Inputs(config).train, param_shapes(model)
+    source = Inputs(config).train
     calls: dict[str, Callable[[], Any]] = {}
-    for where in ("host", "device"):
+    arms = {
+        "step": ("host", "", ""),
+        "step with crop and flip on the device": ("device", "", ""),
+        "step with predicted windows": ("host", "predicted", ""),
+        f"step, windows guided by 1 in {config.winft.every} images": ("host", "predicted", "self"),
+    }
+    for label, (where, windows, guide) in arms.items():
         copy = config.copy_and_resolve_references()
-        copy.augment.where = where
-        rule = make_optimizer(copy.optimizer, schedule, shapes, model.config.depth)
-        recipe = Recipe(
-            model,
-            rule,
-            matches(shapes, "", "freeze"),
-            make_augment(copy.augment),
-            where == "device",
-            preprocess,
-            0,
-        )
-        step = jax.jit(make_train_step(recipe))
-        state = create_state(model, rule, mesh, 0)
-        batch = next(Feed(source, copy, mesh, size).batches(range(1)))
-        label = "step" if where == "host" else "step with crop and flip on the device"
-        calls[label] = lambda step=step, state=state, batch=batch: step(state, batch)
+        copy.augment.where, copy.winft.windows, copy.winft.guide = where, windows, guide
+        calls[label] = _step(copy, model, source, mesh, preprocess)
     feed = EvalFeed(source, config, mesh, preprocess)
     watched = Alongside.of(config.interactions, model, preprocess, mesh, feed)
     last = calls["step"]()[0].params
@@ -142,9 +135,32 @@ def _steps(config: Any, repeats: int) -> dict[str, float]:
     medians = {name: float(np.median(own)) for name, own in times.items()}
     found = {f"{name}, s": seconds for name, seconds in medians.items()}
     found["step, images/s"] = config.batch_size / medians["step"]
+    guided = next(name for name in arms if "guided" in name)
+    added = medians[guided] / medians["step with predicted windows"] - 1
+    found["guidance, share of the step without it"] = added
     share = medians["indicator, fields and windows"] / EVERY / medians["step"]
     found[f"indicator every {EVERY} steps, share of step time"] = share
     return found
+
+
+def _step(
+    config: Any, model: ViT, source: Any, mesh: Any, preprocess: Preprocess
+) -> Callable[[], Any]:
+    """A call that trains on one batch, always from the same state."""
+    plan = plan_windows(config, model, None, 1000)
+    model, shapes = plan.model, param_shapes(plan.model)
+    schedule = make_schedule(config.schedule, 1000, 100.0)
+    rule = make_optimizer(config.optimizer, schedule, shapes, model.config.depth)
+    device = config.augment.where == "device"
+    recipe = Recipe(
+        model, rule, still(shapes, ""), make_augment(config.augment), device, preprocess, 0,
+        guide=plan.guide, weight=plan.weight, sharpness=plan.sharpness,
+    )  # fmt: skip
+    step = jax.jit(make_train_step(recipe))
+    state = create_state(model, rule, mesh, 0, running=recipe.nothing())
+    size = tuple(config.model.image_size)
+    batch = next(Feed(source, config, mesh, size).batches(range(1)))
+    return lambda: step(state, batch)
 
 
 if __name__ == "__main__":

@@ -252,3 +252,14 @@ def test_a_loaded_models_windows_are_not_replaced(model, params):
     ours, converted = to_winft(model, params, WindowConfig(groups=2))
     with pytest.raises(ValueError, match="has windows of its own"):
         planned(ours, converted, winft__windows="local")
+
+
+def test_pictures_of_windows(tmp_path):
+    run(tmp_path, tensorboard=True, winft__indicator="attention", steps=8)
+    from PIL import Image
+
+    with Image.open(tmp_path / "windows.png") as picture:
+        assert min(picture.size) > 200 and len(set(picture.convert("L").tobytes())) > 50
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    # One an epoch.
+    assert events.read_bytes().count(b"PNG") == 2

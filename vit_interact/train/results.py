@@ -19,6 +19,7 @@ from vit_interact.train.evaluate import scalars
 from vit_interact.train.inputs import Inputs
 from vit_interact.train.log import Log, read_lines
 from vit_interact.train.sharding import replicated
+from vit_interact.train.showing import Showing
 from vit_interact.train.state import TrainState
 
 MODEL = "model.safetensors"
@@ -113,11 +114,14 @@ def write_figures(
     save(draw_confusion(figures, names), workdir / f"{split}_confusion.png")
 
 
-def draw(workdir: Path, log: Log) -> None:
-    """Leaves `curves.png`."""
-    lines = read_lines(log.path)
-    if log.writes and lines:
-        from vit_interact.viz.png import save
-        from vit_interact.viz.training import draw_curves
+def draw(workdir: Path, log: Log, showing: Showing | None = None) -> None:
+    """Leaves `curves.png`, and `windows.png` of a model that predicts windows."""
+    if not log.writes:
+        return
+    from vit_interact.viz.png import save
+    from vit_interact.viz.training import draw_curves
 
+    if lines := read_lines(log.path):
         save(draw_curves(lines), workdir / "curves.png")
+    if showing is not None and showing.seen is not None:
+        save(showing.draw(*showing.seen), workdir / "windows.png")

@@ -12,6 +12,7 @@ import jax
 from clu.parameter_overview import get_parameter_overview
 
 from vit_interact.data.labelled import Labelled
+from vit_interact.models.winft import window_layers
 from vit_interact.train.alongside import Alongside
 from vit_interact.train.checkpoint import Checkpoints, write_record
 from vit_interact.train.config import as_json, check_config
@@ -22,6 +23,7 @@ from vit_interact.train.meter import Interrupt, Meter
 from vit_interact.train.optimizer import make_optimizer, make_schedule, still
 from vit_interact.train.results import describe, draw, export, overview, write_figures
 from vit_interact.train.sharding import check_mesh, make_mesh, replicated
+from vit_interact.train.showing import Showing
 from vit_interact.train.start import choose_start, load_teacher
 from vit_interact.train.state import abstract_state, create_state, param_shapes
 from vit_interact.train.step import Recipe, make_eval_step, make_train_step
@@ -150,9 +152,10 @@ def train(
     if feed.kept_bytes:
         log.say(f"{feed.kept_bytes / 2**30:.2f} GiB of decoded images kept in memory")
     alongside = None
+    shown = EvalFeed(inputs.val or inputs.train, config, mesh, preprocess)
     if config.interactions.every:
-        shown = EvalFeed(inputs.val or inputs.train, config, mesh, preprocess)
         alongside = Alongside.of(config.interactions, model, preprocess, mesh, shown)
+    showing = Showing(recipe, mesh, shown) if window_layers(model) else None
     meter = Meter(
         log, model, frozen, schedule, config.batch_size, steps, epoch, mesh.size, checkpoints.newest
     )
@@ -187,6 +190,10 @@ def train(
             if config.profile.first and step == config.profile.first + config.profile.steps:
                 jax.block_until_ready(running)
                 jax.profiler.stop_trace()
+            if showing is not None and (step % each_epoch == 0 or step == steps):
+                sharpness = windowing.sharpness_at(step)
+                showing.look(step, state.best_params, sharpness, windowing.teaching)
+                log.write_images(step, showing.images())
             evaluates = val is not None and (step % eval_every == 0 or step == steps)
             stops = interrupt.asked(step) or step == end
             if not (evaluates or stops or step % save_every == 0):
@@ -215,7 +222,7 @@ def train(
         if chosen is not None and chosen != step:
             state = checkpoints.load(chosen, abstract)
         judge("test", EvalFeed(test, config, mesh, preprocess))
-    draw(workdir, log)
+    draw(workdir, log, showing)
     checkpoints.close()
     log.close()
     return result
