@@ -8,8 +8,11 @@ import pytest
 import vit_interact as vi
 from vit_interact import interactions as vx
 from vit_interact.interactions.boxes import (
+    box_area,
+    clipped_boxes,
     giou,
     hard_windows,
+    iou,
     soft_window,
     unclipped_boxes,
     window_guidance,
@@ -130,3 +133,18 @@ def test_guidance_leaves_out_patches_that_do_not_count():
     assert float(found[0]) == pytest.approx(float(each[0][counts[0]].mean()), rel=1e-5)
     assert float(found[1]) == 0
     np.testing.assert_allclose(window_guidance(d, windows, LAYOUT), each.mean(axis=-1), rtol=1e-5)
+
+
+def test_shared_area_by_hand():
+    boxes = jnp.asarray([[0, 0, 2, 2], [0, 0, 1, 1], [0, 0, 0, 0], [1, 1, 3, 2]], jnp.float32)
+    others = jnp.asarray([[1, 0, 3, 2], [2, 2, 3, 3], [0, 0, 0, 0], [1, 1, 3, 2]], jnp.float32)
+    np.testing.assert_allclose(iou(boxes, others), [2 / 6, 0, 0, 1], rtol=1e-6)
+    np.testing.assert_allclose(box_area(boxes), [4, 1, 0, 2])
+
+
+def test_boxes_end_at_the_grid():
+    layout = vi.TokenLayout(2, 3, 1)
+    distances = jnp.full((6, 4), 9.0).at[0].set(0.0)
+    boxes = clipped_boxes(distances, layout)
+    np.testing.assert_allclose(boxes[0], [0, 0, 1, 1])
+    np.testing.assert_allclose(boxes[1:], np.tile([0, 0, 2, 3], (5, 1)))

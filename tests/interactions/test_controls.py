@@ -99,3 +99,31 @@ def test_grid_tiles_partition_and_come_near_the_area():
 def test_wrong_shape_is_named():
     with pytest.raises(ValueError, match=r"expected \[..., 20, 4\]"):
         controls.centred_windows(np.zeros((3, 4), np.int32), LAYOUTS[0])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (9, 9)])
+def test_windows_of_one_size(layout, size):
+    local = controls.local_windows(size, layout)
+    check_inside(local, layout)
+    assert (areas(local) == min(size[0], layout.rows) * min(size[1], layout.cols)).all()
+    for shift in ((0, 0), (1, 1)):
+        tiles = np.asarray(controls.shifted_windows(size, layout, shift))
+        check_inside(tiles, layout)
+        # Tiles do not overlap: whoever lies in my tile has the same one.
+        for own in tiles:
+            held = [tuple(tiles[r * layout.cols + c]) for r in range(own[0], own[2])
+                    for c in range(own[1], own[3])]  # fmt: skip
+            assert set(held) == {tuple(own)}
+
+
+def test_shifted_tiles_by_hand():
+    layout = TokenLayout(1, 5, 0)
+    plain, moved = (
+        np.asarray(controls.shifted_windows((1, 2), layout, (0, shift)))[:, [1, 3]].tolist()
+        for shift in (0, 1)
+    )
+    assert plain == [[0, 2], [0, 2], [2, 4], [2, 4], [4, 5]]
+    assert moved == [[0, 1], [1, 3], [1, 3], [3, 5], [3, 5]]
+    with pytest.raises(ValueError, match="at least 1x1"):
+        controls.local_windows((0, 2), layout)

@@ -12,9 +12,16 @@ import pytest
 import vit_interact as vi
 from vit_interact import interactions as vx
 from vit_interact.interactions.boxes import hard_windows
+from vit_interact.interactions.controls import local_windows, shifted_windows
+from vit_interact.models.attention import Taps
 from vit_interact.models.config import ViTConfig, WindowConfig
 from vit_interact.models.weights import stack_layers
-from vit_interact.models.winft import predicted_distances, to_winft
+from vit_interact.models.winft import (
+    give_windows,
+    predicted_distances,
+    to_winft,
+    without_windows,
+)
 
 FIELDS = {"width": 16, "depth": 3, "heads": 4, "mlp_dim": 16, "patch_size": (4, 4)}
 
@@ -189,6 +196,70 @@ def test_half_precision_is_near():
     assert float(jnp.abs(found - exact).max()) < 0.1 * float(jnp.abs(exact).max())
 
 
+@pytest.mark.parametrize("fields", [{}, {"remat": True}, {"dtype": "bfloat16"}])
+def test_training_takes_little_more_memory_than_explicit_attention(fields):
+    fields = {"image_size": 160, "heads": 3, "depth": 2, "num_classes": 10, **fields}
+    model = vi.create_model("vit_ti16", **fields)
+    ours = vi.create_model("vit_ti16", windows=WindowConfig(), **fields)
+    images = jax.ShapeDtypeStruct((8, 160, 160, 3), jnp.float32)
+
+    def held(model):
+        params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+
+        def loss(params, images):
+            return jnp.sum(jnp.square(apply(model, params, images).astype(jnp.float32)))
+
+        compiled = jax.jit(jax.grad(loss)).lower(params, images).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert held(ours) < 1.15 * held(model.clone(taps=Taps()))
+
+
+def test_given_windows_are_a_mask():
+    model, params, images = make()
+    layout = model.config.layout
+    ours, converted = to_winft(model, params, WindowConfig(kind="given", layers=(0, 2)))
+    np.testing.assert_allclose(
+        apply(ours, converted, images), apply(model, params, images), atol=1e-5
+    )
+    boxes = jnp.stack([local_windows((2, 3), layout), shifted_windows((2, 2), layout, (1, 1))])
+    given = give_windows(ours, converted, boxes)
+    masks = [vx.window_mask(boxes[0], layout), None, vx.window_mask(boxes[1], layout)]
+    expected = apply(model, params, images, mask=masks)
+    np.testing.assert_allclose(apply(ours, given, images), expected, atol=1e-5)
+    count = sum(leaf.size for leaf in jax.tree.leaves(given))
+    assert ours.config.count_parameters() == count
+    # And nothing moves them.
+    gradient = jax.grad(lambda p: jnp.sum(jnp.square(apply(ours, p, images))))(given)
+    block = gradient["Transformer"]["encoderblock_0"]
+    assert not np.any(block["GivenWindows_0"]["windows"])
+    with pytest.raises(ValueError, match="this model has \\(2, 20, 4\\)"):
+        give_windows(ours, converted, boxes[:1])
+    with pytest.raises(ValueError, match="no given windows"):
+        give_windows(model, params, boxes)
+    scanned = vi.create_model(
+        "vit_ti16", **FIELDS, image_size=(16, 20), num_classes=5, scan=True,
+        windows=WindowConfig(kind="given"),
+    )  # fmt: skip
+    three = jnp.stack([*boxes, boxes[0]])
+    stacked = give_windows(scanned, stack_layers(params), three)
+    masks = [vx.window_mask(box, layout) for box in three]
+    np.testing.assert_allclose(
+        apply(scanned, stacked, images), apply(model, params, images, mask=masks), atol=1e-5
+    )
+
+
+def test_windows_come_off_again():
+    model, params, _ = make()
+    for kind in ("predicted", "given"):
+        ours, converted = to_winft(model, params, WindowConfig(kind=kind))
+        plain, theirs = without_windows(ours, converted)
+        assert plain.config == model.config
+        jax.tree.map(np.testing.assert_array_equal, theirs, params)
+        with pytest.raises(ValueError, match="windows already"):
+            to_winft(ours, converted)
+
+
 def test_indicators_see_the_windows():
     model, params, images = make()
     ours, params = to_winft(model, params, WindowConfig(hard=True))
@@ -202,9 +273,11 @@ def test_indicators_see_the_windows():
 
 
 @pytest.mark.parametrize("layers", [None, (0, 2)])
-def test_saved_models_open_again(layers, tmp_path):
+@pytest.mark.parametrize("kind", ["predicted", "given"])
+def test_saved_models_open_again(layers, kind, tmp_path):
     model, params, _ = make()
-    ours, params = to_winft(model, params, WindowConfig(layers=layers, groups=2))
+    windows = WindowConfig(layers=layers, kind=kind, groups=2 if kind == "predicted" else 1)
+    ours, params = to_winft(model, params, windows)
     params = turned(params)
     vi.export_timm(ours, params, tmp_path / "winft.safetensors")
     again, theirs = vi.load_model(tmp_path / "winft.safetensors")

@@ -5,10 +5,12 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import vit_interact as vi
 from tests.train import tiny
+from vit_interact.data.augment import Augment
 from vit_interact.data.preprocess import Preprocess
 from vit_interact.interactions.boxes import clipped_boxes, iou, window_guidance
 from vit_interact.interactions.views import patch_view
@@ -18,6 +20,10 @@ from vit_interact.models.winft import to_winft, without_windows
 from vit_interact.survey.offsets import maps_of_kernel, offset_windows
 from vit_interact.survey.quantities import Design, kernel, observe, pool
 from vit_interact.survey.store import save, to_dataset
+from vit_interact.train.config import as_json, differences
+from vit_interact.train.optimizer import still
+from vit_interact.train.state import begin
+from vit_interact.train.step import Recipe, make_train_step
 from vit_interact.train.train import train
 from vit_interact.train.windows import Guide, guidance, plan_windows, window_shares
 
@@ -263,3 +269,41 @@ def test_pictures_of_windows(tmp_path):
     (events,) = (tmp_path / "tensorboard").iterdir()
     # One an epoch.
     assert events.read_bytes().count(b"PNG") == 2
+
+
+def test_guidance_by_one_in_eight_images_adds_less_than_a_tenth(model):
+    flops = []
+    wide = vi.create_model("vit_ti16", num_classes=10, image_size=112, depth=2)
+    for guide in ("", "self"):
+        plan = planned(wide, winft__windows="predicted", winft__guide=guide, winft__every=8)
+        shapes = jax.eval_shape(plan.model.init, jax.random.key(0), jnp.zeros((1, 112, 112, 3)))
+        recipe = Recipe(
+            plan.model, optax.sgd(0.1), still(shapes["params"], ""), Augment(None, flip=False),
+            False, Preprocess(size=(112, 112)), 0, guide=plan.guide, weight=plan.weight,
+        )  # fmt: skip
+        state = jax.eval_shape(
+            lambda params, recipe=recipe: begin(params, recipe.optimizer, False, recipe.nothing()),
+            shapes["params"],
+        )
+        batch = {
+            "pictures": jax.ShapeDtypeStruct((16, 112, 112, 3), jnp.uint8),
+            "labels": jax.ShapeDtypeStruct((16,), jnp.int32),
+            "mask": jax.ShapeDtypeStruct((16,), jnp.bool_),
+        }
+        cost = jax.jit(make_train_step(recipe)).lower(state, batch).compile().cost_analysis()
+        flops.append(cost["flops"])
+    assert flops[0] < flops[1] < 1.1 * flops[0]
+
+
+@pytest.mark.parametrize("arm", ["vit", "free", "local", "taught", "nothing"])
+def test_arms_differ_in_their_windows_only(arm):
+    from configs import cifar10_cpu, winft_cifar10_cpu
+
+    if arm == "nothing":
+        with pytest.raises(ValueError, match="expected one of vit"):
+            winft_cifar10_cpu.get_config(arm)
+        return
+    told = differences(
+        as_json(cifar10_cpu.get_config()), as_json(winft_cifar10_cpu.get_config(arm))
+    )
+    assert all(line.startswith("config.winft.") for line in told)
