@@ -30,6 +30,10 @@ from vit_interact.train.windows import Guide, guidance, plan_windows, window_sha
 LAYERS = 2
 
 
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def run(folder, **changes):
     settings = {"winft__windows": "predicted", "winft__every": 4, "steps": 4, **changes}
     train(tiny.config(**settings), folder, tiny.data())
@@ -129,7 +133,7 @@ def test_guidance_alone_makes_boxes_the_teachers_windows(tmp_path):
     assert {f"windows/area/layer_0{i}" for i in range(LAYERS)} < set(last)
 
 
-@pytest.mark.parametrize("guide", ["", "self"])
+@pytest.mark.parametrize("guide", [slow(""), "self"])
 def test_a_run_opens_as_it_ended(tmp_path, guide):
     lines = run(
         tmp_path, winft__guide=guide, winft__sharpness=(1.0, 0.25), checkpoint__export="last"
@@ -142,7 +146,7 @@ def test_a_run_opens_as_it_ended(tmp_path, guide):
     assert again[0]["windows/area"] == pytest.approx(lines[-1]["windows/area"], abs=0.05)
 
 
-@pytest.mark.parametrize("kind", ["local", "shifted", "random"])
+@pytest.mark.parametrize("kind", ["local", slow("shifted"), slow("random")])
 def test_given_windows_stay_as_they_are(tmp_path, kind):
     lines = run(
         tmp_path, winft__windows=kind, winft__size=(2, 3), checkpoint__export="last", ema=0.9
@@ -219,7 +223,7 @@ def test_schedules(model):
     assert [float(found.weight(step)) for step in (0, 5, 10)] == pytest.approx([2, 1, 0])
 
 
-@pytest.mark.parametrize("strategy", ["replicate", "fsdp", "tensor"])
+@pytest.mark.parametrize("strategy", [slow("replicate"), "fsdp", slow("tensor")])
 def test_devices_change_nothing(tmp_path, strategy):
     settings = {"winft__every": 2, "winft__indicator": "attention", "steps": 3}
     curves = []
