@@ -1,11 +1,15 @@
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import vit_interact as vi
 from tests.models.helpers import tiny
 from vit_interact import interactions as vx
+from vit_interact.interactions.boxes import clipped_boxes
+from vit_interact.models.config import WindowConfig
+from vit_interact.models.winft import predicted_distances, to_winft, without_windows
 
 
 @pytest.mark.parametrize("indicator", ["edge", "rollout"])
@@ -35,6 +39,21 @@ def test_everything_agrees_with_the_functions(indicator):
     logits = np.asarray(model.apply({"params": params}, images))
     np.testing.assert_array_equal(dataset["prediction"][:, 0], logits.argmax(-1))
     np.testing.assert_allclose(dataset["score"], logits.max(-1), rtol=1e-4)
+
+
+def test_predicted_windows_are_what_the_model_predicts():
+    model, params, images = tiny()
+    layout = model.config.layout
+    ours, params = to_winft(model, params, WindowConfig(layers=(1,), groups=1))
+    head = params["Transformer"]["encoderblock_1"]["WindowHead_0"]["Dense_0"]
+    head["bias"] = jnp.array([-4.0, -5.0, -3.0, -6.0])
+    dataset = vi.analyze(ours, params, images, indicator="attention")
+    assert list(dataset["window_layer"].values) == [1]
+    found = dataset["predicted_window"].transpose("window_layer", "image", ...).values
+    _, distances = predicted_distances(ours, params, images)
+    np.testing.assert_allclose(found, clipped_boxes(distances, layout), rtol=1e-5)
+    assert (found[..., 2:] > found[..., :2]).all() and found[..., 2].max() <= layout.rows
+    assert "predicted_window" not in vi.analyze(model, without_windows(ours, params)[1], images)
 
 
 def test_zero_rows_are_nan_and_units_are_named():

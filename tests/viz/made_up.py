@@ -136,6 +136,11 @@ def make_dataset(
             kind = np.int32 if name == "window" else np.float32
             stacked = np.stack([np.stack([m[name] for m in image]) for image in each])
             variables[name] = (("image", "layer", *dims), stacked.astype(kind))
+    # A model predicts windows in its own layers, whichever were measured.
+    own = (2, 3)
+    windows = [[[boxes_around(rng, rows, cols, 3)] for _ in own] for _ in names]
+    dims = ("image", "window_layer", "group", "query", "box")
+    variables["predicted_window"] = (dims, np.array(windows, np.float32))
     order = np.stack(
         [np.argsort(m["received_impact"].ravel(), kind="stable") for m in combined]
     ).astype(np.int32)
@@ -153,6 +158,7 @@ def make_dataset(
         "box": ["top", "left", "bottom", "right"],
         "axis": ["row", "col"],
         "ellipse": ["major", "minor"],
+        "window_layer": list(own),
     }
     if layers:
         coords["layer"] = list(layers)

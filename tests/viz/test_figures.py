@@ -351,3 +351,23 @@ def test_every_indicator_has_its_own_colour_and_unit() -> None:
     assert style.indicator_style("my_own").label == "my own"
     for name in style.COLORMAPS.values():
         assert name in mpl.colormaps
+
+
+def test_predicted_windows_are_the_datasets(square: xr.Dataset) -> None:
+    one = square.isel(image=0).assign_coords(window_layer=[0, 3])
+    figure = figures.draw_predicted(one)
+    for place, layer in enumerate((0, 3)):
+        axes = axes_of(figure, f"predicted {layer}")
+        drawn = [patch for patch in axes.patches if patch.get_label() == "predicted"]
+        assert len(drawn) == 3
+        boxes = one["predicted_window"].values[place, 0]
+        for box in drawn:
+            (left, top), (width, height) = box.get_xy(), (box.get_width(), box.get_height())
+            assert [top, left, top + height, left + width] in boxes.tolist()
+        # Layer 3 was not measured.
+        goals = [patch for patch in axes.patches if patch.get_label() == "goal"]
+        assert len(goals) == (3 if layer == 0 else 0)
+    area = np.prod(boxes[:, 2:] - boxes[:, :2], axis=-1).mean() / len(boxes)
+    assert f"layer 3: mean area {area:.0%}".replace("%", " %") in words(figure)
+    plain = one.drop_vars("predicted_window")
+    assert "predicted" not in [stem for stem in figures.FIGURES if figures.applies(stem, plain)]

@@ -12,8 +12,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vit_interact.interactions import fields, indicators, removal, views, windows
+from vit_interact.interactions.boxes import clipped_boxes
 from vit_interact.layout import TokenLayout
 from vit_interact.models.vit import Images, ViT
+from vit_interact.models.winft import predicted_distances, window_layers
 from vit_interact.observe.measure import measure_with_logits
 from vit_interact.observe.probe import Score, choose_layers, class_score, make_score
 
@@ -77,9 +79,10 @@ def analyze(
 
     Returns:
       A dataset with dimensions image, layer, query, key, row, col and more (docs/method.md lists
-      the variables); a model without classes has no `prediction`. Across layers, variables start
-      with `combined_`: each layer divided by its own mean, then averaged; for `rollout` the rollout
-      through the last measured layer.
+      the variables); a model without classes has no `prediction`, and only a window-free
+      transformer has `predicted_window`. Across layers, variables start with `combined_`: each
+      layer divided by its own mean, then averaged; for `rollout` the rollout through the last
+      measured layer.
 
     Raises:
       ValueError: for unknown options, or when a model that is not ours comes without `layout`.
@@ -111,10 +114,17 @@ def analyze(
     if not isinstance(model, ViT) or model.config.has_classes:
         variables["prediction"] = (("image", "top"), found["prediction"])
         variables["probability"] = (("image", "top"), found["probability"], {"units": "1"})
+    if "predicted_window" in found:
+        dims = ("image", "window_layer", "group", "query", "box")
+        boxes = np.moveaxis(found["predicted_window"], 0, 1)
+        variables["predicted_window"] = (dims, boxes, {"units": "patches"})
     variables["score"] = (("image",), found["score"], {"units": "logit"})
+    coords: dict[str, Any] = {"layer": list(chosen), **_COORDS}
+    if "predicted_window" in found:
+        coords["window_layer"] = list(window_layers(model))
     return xr.Dataset(
         variables,
-        coords={"layer": list(chosen), **_COORDS},
+        coords=coords,
         attrs={
             "indicator": indicator,
             "indicator_unit": indicators.UNITS[indicator],
@@ -150,7 +160,12 @@ def _analyze(
     top, prediction = jax.lax.top_k(probability, min(5, logits.shape[-1]))
     whole = _describe(combined, layout, coverage, normalised=True)
     impact = whole["received_impact"]
+    predicted = {}
+    if isinstance(model, ViT) and window_layers(model):
+        _, distances = predicted_distances(model, params, images)
+        predicted["predicted_window"] = clipped_boxes(distances, layout)
     return {
+        **predicted,
         "layers": _describe(measured, layout, coverage, normalised=False),
         "combined": whole,
         "removal_order": removal.removal_order(impact.reshape(*impact.shape[:-2], -1)),

@@ -77,7 +77,7 @@ class Showing:
 
     def draw(self, step: int, seen: Seen) -> Figure:
         """The picture."""
-        from vit_interact.viz.training import draw_predicted_windows
+        from vit_interact.viz.predicted import draw_predicted_windows
 
         model = self._recipe.model
         title = f"Predicted windows at step {step}"

@@ -22,6 +22,7 @@ from matplotlib.patheffects import Normal, Stroke
 from vit_interact.viz import style
 from vit_interact.viz.fields import draw_field, draw_growth
 from vit_interact.viz.png import COARSE, LEVELS, save
+from vit_interact.viz.predicted import draw_predicted
 from vit_interact.viz.scene import (
     SAMPLE_SIDE,
     Scene,
@@ -334,8 +335,14 @@ FIGURES: Mapping[str, Callable[[xr.Dataset], Figure]] = MappingProxyType(
         "field": draw_field,
         "growth": draw_growth,
         "removal": draw_removal,
+        "predicted": draw_predicted,
     }
 )
+
+
+def applies(stem: str, data: xr.Dataset) -> bool:
+    """Whether a figure can be drawn: plain models predict no windows."""
+    return stem != "predicted" or "predicted_window" in data
 
 
 def render_image(data: xr.Dataset, folder: str | os.PathLike[str]) -> list[Path]:
@@ -347,7 +354,7 @@ def render_image(data: xr.Dataset, folder: str | os.PathLike[str]) -> list[Path]
 
     Returns:
       The paths `folder/received_impact.png`, `interaction.png`, `windows.png`, `field.png`,
-      `growth.png` and `removal.png`, in this order.
+      `growth.png` and `removal.png`, in this order; for a window-free transformer `predicted.png`.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
@@ -355,4 +362,5 @@ def render_image(data: xr.Dataset, folder: str | os.PathLike[str]) -> list[Path]
         # Six photographs under heat never fit at full depth: that try is left out.
         save(draw(data), target / f"{stem}.png", COARSE if stem == "interaction" else LEVELS)
         for stem, draw in FIGURES.items()
+        if applies(stem, data)
     ]

@@ -49,6 +49,7 @@ FIGURE_TITLES = {
     "field": "responsive field",
     "growth": "growth with depth",
     "removal": "removal of the least discriminative patches",
+    "predicted": "predicted windows",
 }
 
 

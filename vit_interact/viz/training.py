@@ -8,17 +8,12 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
 
 from vit_interact.layout import TokenLayout
 from vit_interact.viz.fields import draw_arrows, full_length
 from vit_interact.viz.style import shorten, styled
 
 _TRAIN, _VAL = "#4D4D4D", "#D55E00"
-# Of the queries whose windows are shown; bright on photographs, apart for colour-blind readers.
-_QUERIES = ("#FFD400", "#00E5FF", "#FF5FA2")
-_COLUMNS = 6
 
 
 @styled
@@ -103,75 +98,4 @@ def draw_tendency(picture: np.ndarray, arrows: np.ndarray, layout: TokenLayout) 
         axes.set_xlabel(f"full colour from {full:.2g} patches")
         axes.set(xticks=[], yticks=[])
     figure.suptitle("Tendency of each patch's field")
-    return figure
-
-
-@styled
-def draw_predicted_windows(
-    pictures: np.ndarray,
-    boxes: np.ndarray,
-    goals: np.ndarray | None,
-    layers: Sequence[int],
-    layout: TokenLayout,
-    title: str,
-) -> Figure:
-    """Windows of three patches of each image, by layer.
-
-    Args:
-      pictures: uint8 `[n, h, w, 3]`.
-      boxes: predicted (top, left, bottom, right) in patches, `[L, n, G, P, 4]`; the groups of heads
-        are drawn alike.
-      goals: windows that they learn from, `[L, n, P, 4]`, or None.
-      layers: numbers of the layers.
-      layout: the grid of patches.
-      title: of the figure.
-    """
-    columns = np.unique(np.linspace(0, len(layers) - 1, _COLUMNS).round().astype(int)).tolist()
-    rows, cols = layout.rows, layout.cols
-    count, (height, width) = len(pictures), pictures.shape[1:3]
-    # Wide enough for title and legend.
-    panel = max(2.1, 7.5 / len(columns))
-    size = (panel * len(columns) + 0.3, panel * height / width * count + 1.5)
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(count, len(columns), squeeze=False)
-    sides = boxes[..., 2:] - boxes[..., :2]
-    area = sides.prod(axis=-1).mean(axis=(1, 2, 3)) / (rows * cols)
-    queries = [(rows * k // 4) * cols + cols * k // 4 for k in (1, 2, 3)]
-    unit = np.array([height / rows, width / cols] * 2)
-    for (image, column), axes in np.ndenumerate(panels):
-        layer = columns[column]
-        axes.imshow(pictures[image], extent=(0, width, height, 0), interpolation="nearest")
-        for query, color in zip(queries, _QUERIES, strict=True):
-            row, col = divmod(query, cols)
-            corners = [np.array([row, col, row + 1, col + 1])]
-            styles: list[dict[str, Any]] = [{"facecolor": color, "alpha": 0.75, "linewidth": 0}]
-            if goals is not None:
-                corners.append(goals[layer, image, query])
-                styles.append({"fill": False, "linestyle": (0, (2, 2)), "linewidth": 1.6})
-            for own in boxes[layer, image, :, query]:
-                corners.append(own)
-                styles.append({"fill": False, "linewidth": 2.4})
-            for corner, style in zip(corners, styles, strict=True):
-                top, left, bottom, right = corner * unit
-                box = Rectangle((left, top), right - left, bottom - top, **style)
-                if "facecolor" not in style:
-                    box.set_edgecolor(color)
-                axes.add_patch(box)
-        axes.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
-        axes.spines[:].set_visible(False)
-        if image == 0:
-            axes.set_title(f"layer {layers[layer]}, area {area[layer]:.0%}")
-    figure.suptitle(title, x=0.01, ha="left")
-    shown = [
-        Line2D([], [], color=_QUERIES[0], marker="s", linestyle="", alpha=0.75, label="patch"),
-        Line2D([], [], color=_QUERIES[0], linewidth=2.4, label="its window (half let in)"),
-    ]
-    if goals is not None:
-        dashes: Any = (0, (2, 2))
-        what = "learned from"
-        shown.append(Line2D([], [], color=_QUERIES[0], linewidth=1.6, linestyle=dashes, label=what))
-    legend = figure.legend(handles=shown, loc="outside lower left", ncols=3, frameon=True)
-    legend.get_frame().set(facecolor="#4D4D4D", linewidth=0)
-    for text in legend.get_texts():
-        text.set_color("white")
     return figure
