@@ -228,3 +228,15 @@ class Slow(dict):
 
         train = splits["train"]
         super().__init__(splits, train=Slowly(train.images, train.labels, train.class_names))
+
+
+def test_half_precision_learns_alike(tmp_path):
+    curves = []
+    for dtype in ("float32", "bfloat16"):
+        settings = tiny.config(model__dtype=dtype, steps=6)
+        train(settings, tmp_path / dtype, tiny.data(), devices=TWO)
+        curves.append(list(losses(tmp_path / dtype).values()))
+        _, params = vi.load_model(tmp_path / dtype)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+    assert curves[0] != curves[1]
+    np.testing.assert_allclose(curves[1], curves[0], rtol=0.03)

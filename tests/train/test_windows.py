@@ -311,3 +311,12 @@ def test_arms_differ_in_their_windows_only(arm):
         as_json(cifar10_cpu.get_config()), as_json(winft_cifar10_cpu.get_config(arm))
     )
     assert all(line.startswith("config.winft.") for line in told)
+
+
+def test_a_stopped_run_goes_on_exactly(tmp_path):
+    settings = {"winft__indicator": "attention", "winft__sharpness": (1.0, 0.5), "steps": 4}
+    whole = run(tmp_path / "whole", **settings)
+    run(tmp_path / "parts", stop_after=2, **settings)
+    parts = run(tmp_path / "parts", **settings)
+    for name in ("train/loss", "windows/guidance", "windows/iou", "windows/area/layer_01"):
+        assert [line[name] for line in parts] == [line[name] for line in whole]
