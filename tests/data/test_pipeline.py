@@ -6,7 +6,7 @@ from PIL import Image
 
 from tests.data.prepared import pets
 from vit_interact.data.images import ImageError
-from vit_interact.data.labelled import Arrays, Files, Labelled, Part, hold_out, open_split
+from vit_interact.data.labelled import Arrays, Files, Labelled, Part, hold_out, open_split, take_few
 from vit_interact.data.pipeline import Kept, Reading, batches, steps_of, stretch
 
 COUNT = 10
@@ -208,3 +208,12 @@ def test_holding_out_takes_its_share_of_every_class():
     assert list(hold_out(source, 0.1, 1)[1].indices) != list(held.indices)
     with pytest.raises(ValueError, match="leaves one part empty"):
         hold_out(source, 0.001, 0)
+
+
+def test_a_few_of_every_class():
+    labels = np.array([0] * 5 + [1] * 2 + [2] * 9, np.int32)
+    source = Arrays(np.zeros((16, 4, 4, 3), np.uint8), labels, ("a", "b", "c"))
+    few = take_few(source, 3, 0)
+    assert np.bincount(labels[few.indices]).tolist() == [3, 2, 3]
+    assert list(take_few(source, 3, 0).indices) == list(few.indices)
+    assert list(take_few(source, 3, 1).indices) != list(few.indices)

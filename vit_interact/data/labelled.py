@@ -316,3 +316,22 @@ def hold_out(source: Labelled, share: float, seed: int) -> tuple[Part, Part]:
     keep = np.ones(len(source), bool)
     keep[held] = False
     return Part(source, np.flatnonzero(keep)), Part(source, np.sort(held))
+
+
+def take_few(source: Labelled, each: int, seed: int) -> Part:
+    """So many photographs of each class at random, or all of a class that has fewer.
+
+    Args:
+      source: photographs.
+      each: of a class.
+      seed: another one takes others.
+
+    Raises:
+      ValueError: when labels are known only by reading.
+    """
+    if source.labels is None:
+        raise ValueError("config.data.per_class: the classes of this data set are not known ahead")
+    order = np.random.default_rng(seed).permutation(len(source))
+    labels = source.labels[order]
+    few = [order[labels == label][:each] for label in np.unique(labels)]
+    return Part(source, np.sort(np.concatenate(few)))

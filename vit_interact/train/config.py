@@ -64,6 +64,7 @@ def default_config() -> ConfigDict:
     config.data.test = ""  # split that is read once, after training
     config.data.holdout = 0.0  # share of `train` to choose on, when there is no `val`
     config.data.limit = 0  # training images to take, the same for a seed; 0 takes all
+    config.data.per_class = 0  # training images of a class to take, after holding out; 0 takes all
     config.data.cache = "none"  # "memory" or "device": decode once, keep as uint8
     config.data.side = 0  # pixels of decoded images when they are augmented on the device
     config.data.workers = -1  # processes that decode; -1: cores - 2

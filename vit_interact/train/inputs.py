@@ -16,7 +16,7 @@ from PIL import Image
 
 from vit_interact.data.augment import Augment
 from vit_interact.data.augment_host import augment_picture
-from vit_interact.data.labelled import Labelled, Part, hold_out, open_split
+from vit_interact.data.labelled import Labelled, Part, hold_out, open_split, take_few
 from vit_interact.data.naming import visible
 from vit_interact.data.pipeline import (
     Kept,
@@ -65,6 +65,8 @@ class Inputs:
             self.train, self.val = hold_out(self.train, data.holdout, config.seed)
         elif data.val:
             self.val = self._open(data.val, self.class_names)
+        if data.per_class:
+            self.train = take_few(self.train, data.per_class, config.seed)
         if config.batch_size > len(self.train):
             raise ValueError(
                 f"config.batch_size={config.batch_size} is more than the {len(self.train)} "

@@ -1,0 +1,24 @@
+r"""ViT against window-free transformer, fine-tuned on Caltech-101 from the same backbone.
+
+ARM is one of vit, free, winft, local, shifted, random; see `with_windows` in configs/common.py.
+Slices of 10 and 30 images a class: --config.data.per_class=10.
+
+Command:
+  python -m vit_interact.train --config=configs/winft_caltech101.py:ARM --workdir=runs/ARM_10_0 \
+    --config.data.source=/data/caltech101 --config.init=/data/vit_s14_backbone.safetensors \
+    --config.data.per_class=10 --config.seed=0
+Hardware, hours and result: docs/results.md
+"""
+
+from ml_collections import ConfigDict
+
+from configs import caltech101, common
+
+
+def get_config(arm: str = "winft") -> ConfigDict:
+    """One arm: as the first run of configs/caltech101.py, at 112 pixels."""
+    config = caltech101.get_config("112").unlock()
+    common.with_windows(config, arm)
+    # Windows come from trained attention here: looser ones, and the backbone's size of the grid.
+    config.winft.coverage = 0.9
+    return config.lock()
