@@ -104,9 +104,12 @@ def test_kills_change_nothing(tmp_path, source):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["replicate", "fsdp"])
-def test_two_processes_are_one(tmp_path, source, strategy):
-    flags = (f"--config.sharding.strategy={strategy}", "--config.eval.every=3")
+@pytest.mark.parametrize(("strategy", "windows"), [("replicate", "predicted"), ("fsdp", "")])
+def test_two_processes_are_one(tmp_path, source, strategy, windows):
+    flags = (
+        f"--config.sharding.strategy={strategy}", "--config.eval.every=3",
+        f"--config.winft.windows={windows}", "--config.winft.every=4",
+    )  # fmt: skip
     one = start(tmp_path / "one", source, *flags, devices=4)
     output = one.communicate()[0]
     assert one.returncode == 0, output
