@@ -26,7 +26,7 @@ def get_config(pixels: str = "224") -> ConfigDict:
     config.log_every = 10
 
     config.data.holdout = 0.1
-    # Smaller crops make the class "Faces" look like "Faces_easy", which is cropped faces.
+    # With crops from 0.35, 28 of 152 mistakes were on "Faces" and "Faces_easy", cropped faces.
     config.augment.crop = (0.6, 1.0)
 
     config.model.name = ""

@@ -19,6 +19,6 @@ def get_config(arm: str = "winft") -> ConfigDict:
     """One arm: as the first run of configs/caltech101.py, at 112 pixels."""
     config = caltech101.get_config("112").unlock()
     common.with_windows(config, arm)
-    # Windows come from trained attention here: looser ones, and the backbone's size of the grid.
-    config.winft.coverage = 0.9
+    # At the backbone's learning rate windows would still hold the whole grid at the end.
+    config.optimizer.window_rate = 20.0
     return config.lock()
