@@ -1,10 +1,13 @@
-"""Worker processes that do not outlive who started them."""
+"""Worker processes that do not outlive who started them, and folders with one owner."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 
 
 def end_with_parent() -> None:
@@ -21,3 +24,38 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of a folder; a killed one leaves it free.
+
+    Args:
+      folder: that exists.
+
+    Raises:
+      ValueError: when another process has it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        # Windows has no such locks.
+        yield
+        return
+    with (folder / ".lock").open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise ValueError(
+                f"{folder}: process {lock.read() or '?'} is at work in it; wait for that one to "
+                "end, or give another folder"
+            ) from error
+        except OSError:
+            # Some network file systems have no locks either.
+            yield
+            return
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield

@@ -14,6 +14,7 @@ import pytest
 import vit_interact as vi
 from tests.train import tiny
 from vit_interact.data.images import ImageError
+from vit_interact.processes import claimed
 from vit_interact.train.inputs import Feed
 from vit_interact.train.log import read_lines
 from vit_interact.train.meter import DivergedError
@@ -240,3 +241,15 @@ def test_half_precision_learns_alike(tmp_path):
         assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
     assert curves[0] != curves[1]
     np.testing.assert_allclose(curves[1], curves[0], rtol=0.03)
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path):
+    with (
+        claimed(tmp_path),
+        pytest.raises(ValueError, match=f"process {os.getpid()} is at work in it"),
+    ):
+        train(tiny.config(), tmp_path, tiny.data())
+    assert not (tmp_path / "metrics.jsonl").exists()
+    # Whoever had it is gone.
+    with claimed(tmp_path):
+        pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +14,7 @@ from clu.parameter_overview import get_parameter_overview
 
 from vit_interact.data.labelled import Labelled
 from vit_interact.models.winft import window_layers
+from vit_interact.processes import claimed
 from vit_interact.train.alongside import Alongside
 from vit_interact.train.checkpoint import Checkpoints, write_record
 from vit_interact.train.config import as_json, check_config
@@ -59,9 +61,22 @@ def train(
       ValueError: for settings, data or a workdir that cannot be used, before anything compiles.
       DivergedError: when the loss becomes NaN or infinite; names the last good checkpoint.
     """
-    # What is asked for, and whether it can be done.
     check_config(config)
-    workdir = _writable(workdir)
+    folder = _writable(workdir)
+    # Two runs in one folder would mix their logs and delete each other's checkpoints.
+    alone = claimed(folder) if jax.process_index() == 0 else contextlib.nullcontext()
+    with alone:
+        return _train(config, folder, data, watch, devices)
+
+
+def _train(
+    config: Any,
+    workdir: Path,
+    data: Mapping[str, Labelled] | None,
+    watch: Watch,
+    devices: Sequence[jax.Device] | None,
+) -> dict[str, Any]:
+    # What is asked for, and whether it can be done.
     inputs = Inputs(config, data)
     # Read at the end, but what is wrong with it should not wait till then.
     test = inputs.open_test()
