@@ -1,0 +1,45 @@
+"""The tool that compares windows: it runs what is missing and says what failed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.train import tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_runs_are_made_once_and_pooled(tmp_path):
+    data, out = tiny.save(tmp_path / "data.npz"), tmp_path / "runs"
+
+    def compare(*more):
+        command = [
+            sys.executable, "tools/compare_windows.py", "--config", "tests/train/arms.py",
+            "--data", str(data), "--out", str(out), "--arms", "taught,vit,local",
+            "--seeds", "0,1", *more,
+        ]  # fmt: skip
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        return found, json.loads((out / "table.json").read_text())
+
+    done, table = compare("--jobs", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not table["failed"] and set(table["arms"]) == {"taught", "vit", "local"}
+    runs = table["arms"]["taught"]["runs"]
+    assert set(runs) == {"0", "1"} and runs["0"]["windows/iou"] > 0
+    values = [run["val"] for run in runs.values()]
+    assert table["arms"]["taught"]["val"]["mean"] == pytest.approx(sum(values) / 2)
+    assert runs["0"]["test"] is None
+    # The second time nothing is trained, and only now is the test split read.
+    again, table = compare("--test")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert [run["val"] for run in table["arms"]["taught"]["runs"].values()] == values
+    assert table["arms"]["vit"]["test"]["deviation"] is not None
+    # A run that cannot be is told, and the others stay.
+    broken, table = compare("winft.size=(0,0)")
+    assert broken.returncode == 1 and "at least 1x1" in table["failed"]["local_0"]
