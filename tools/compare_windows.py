@@ -69,6 +69,8 @@ def main() -> None:
     table = _table(arguments, arms, seeds, failed)
     (arguments.out / "table.json").write_text(json.dumps(table, indent=1) + "\n", "utf-8")
     _print(table)
+    if table["arms"]:
+        _draw(table, arguments.out / "curves.png")
     raise SystemExit(1 if failed else 0)
 
 
@@ -149,13 +151,14 @@ def _figures(folder: Path) -> dict[str, Any]:
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in lines if "train/loss" in line]
-    held = [line["val/accuracy"] for line in lines if "val/accuracy" in line]
+    held = [line for line in lines if "val/accuracy" in line]
+    epoch = train[-1]["train/epoch"] / train[-1]["step"]
     config = ViTConfig.from_dict(json.loads((folder / "experiment.json").read_text())["model"])
     rates = [line["speed/images_per_s"] for line in train if "speed/images_per_s" in line]
     test = folder / "test.json"
     return {
-        "val": held[-1],
-        "val_by_evaluation": held,
+        "val": held[-1]["val/accuracy"],
+        "val_by_epoch": [(epoch * line["step"], line["val/accuracy"]) for line in held],
         "test": json.loads(test.read_text())["accuracy"] if test.exists() else None,
         "train_loss": train[-1]["train/loss"],
         "parameters": config.count_parameters(),
@@ -173,6 +176,17 @@ def _pooled(runs: list[dict[str, Any]]) -> dict[str, Any]:
             spread = statistics.stdev(values) if len(values) > 1 else None
             found[name] = {"mean": statistics.mean(values), "deviation": spread}
     return found
+
+
+def _draw(table: dict[str, Any], path: Path) -> None:
+    from vit_interact.viz.png import save
+    from vit_interact.viz.training import draw_arms
+
+    arms = {
+        arm: [run["val_by_epoch"] for run in row["runs"].values()]
+        for arm, row in table["arms"].items()
+    }
+    save(draw_arms(arms), path)
 
 
 def _print(table: dict[str, Any]) -> None:

@@ -14,6 +14,8 @@ from vit_interact.viz.fields import draw_arrows, full_length
 from vit_interact.viz.style import shorten, styled
 
 _TRAIN, _VAL = "#4D4D4D", "#D55E00"
+# Okabe and Ito (2008).
+_ARMS = ("#4D4D4D", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
 
 
 @styled
@@ -98,4 +100,28 @@ def draw_tendency(picture: np.ndarray, arrows: np.ndarray, layout: TokenLayout) 
         axes.set_xlabel(f"full colour from {full:.2g} patches")
         axes.set(xticks=[], yticks=[])
     figure.suptitle("Tendency of each patch's field")
+    return figure
+
+
+@styled
+def draw_arms(arms: Mapping[str, Sequence[Sequence[tuple[float, float]]]]) -> Figure:
+    """Held-out accuracy against the epoch: the mean of each arm's runs, and all of them.
+
+    Args:
+      arms: by name, each run as pairs of (epoch, accuracy); runs of an arm have the same epochs.
+    """
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for index, (name, runs) in enumerate(arms.items()):
+        color, style = _ARMS[index % len(_ARMS)], "-" if index < len(_ARMS) else "--"
+        epochs = [epoch for epoch, _ in runs[0]]
+        values = np.array([[value for _, value in run] for run in runs])
+        last = f"{values[:, -1].mean():.1%}".replace("%", " %")
+        label = f"{name}: {last} ({len(runs)} run{'s' if len(runs) > 1 else ''})"
+        axes.plot(epochs, values.mean(axis=0), style, color=color, label=label, linewidth=2.2)
+        if len(runs) > 1:
+            axes.plot(epochs, values.T, style, color=color, linewidth=0.7, alpha=0.6)
+    axes.set(xlabel="epoch", ylabel="held-out top-1")
+    axes.legend(loc="lower right")
+    axes.set_title("Thick: mean of the runs; thin: each run")
     return figure
