@@ -17,8 +17,9 @@ from configs import caltech101, common
 
 def get_config(arm: str = "winft") -> ConfigDict:
     """One arm: as the first run of configs/caltech101.py, at 112 pixels."""
-    config = caltech101.get_config("112").unlock()
-    common.with_windows(config, arm)
+    config = common.with_windows(caltech101.get_config("112").unlock(), arm)
+    # The blocks below are frozen.
+    config.winft.layers = tuple(range(6, 12))
     # At the backbone's learning rate windows would still hold the whole grid at the end.
     config.optimizer.window_rate = 20.0
     return config.lock()

@@ -25,7 +25,7 @@ from vit_interact.train.optimizer import still
 from vit_interact.train.state import begin
 from vit_interact.train.step import Recipe, make_train_step
 from vit_interact.train.train import train
-from vit_interact.train.windows import Guide, guidance, plan_windows, window_shares
+from vit_interact.train.windows import Guide, frozen_windows, guidance, plan_windows, window_shares
 
 LAYERS = 2
 
@@ -320,3 +320,11 @@ def test_a_stopped_run_goes_on_exactly(tmp_path):
     parts = run(tmp_path / "parts", **settings)
     for name in ("train/loss", "windows/guidance", "windows/iou", "windows/area/layer_01"):
         assert [line[name] for line in parts] == [line[name] for line in whole]
+
+
+def test_frozen_windows_are_told(model):
+    plan = planned(model, winft__windows="predicted")
+    shapes = jax.eval_shape(plan.model.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    for pattern, told in (("encoderblock_0/", "layers 0;"), ("encoderblock_0/Mlp", None)):
+        lines = frozen_windows(plan.model, still(shapes["params"], pattern))
+        assert [told in line for line in lines] == ([True] if told else [])

@@ -29,7 +29,7 @@ from vit_interact.train.showing import Showing
 from vit_interact.train.start import choose_start, load_teacher
 from vit_interact.train.state import abstract_state, create_state, param_shapes
 from vit_interact.train.step import Recipe, make_eval_step, make_train_step
-from vit_interact.train.windows import check_windows, plan_windows
+from vit_interact.train.windows import check_windows, frozen_windows, plan_windows
 
 Watch = Callable[[Iterable[Any], int], Iterable[Any]]
 
@@ -124,6 +124,7 @@ def _train(
         checkpoints.drop_after(int(state.step))
     step = first = int(state.step)
     log = Log(workdir, step, config.tensorboard, jax.process_index() == 0)
+    lines = (*lines, *frozen_windows(model, frozen))
     for line in (*lines, overview(model, mesh, inputs, config.batch_size, steps)):
         log.say(line)
     eval_step = jax.jit(

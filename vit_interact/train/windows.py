@@ -27,7 +27,7 @@ from vit_interact.layout import TokenLayout
 from vit_interact.models.config import WindowConfig
 from vit_interact.models.vit import ViT
 from vit_interact.models.weights import load_checkpoint
-from vit_interact.models.winft import give_windows, to_winft, without_windows
+from vit_interact.models.winft import give_windows, to_winft, window_layers, without_windows
 from vit_interact.observe.measure import measure
 
 GIVEN = ("local", "shifted", "random", "offset")
@@ -287,6 +287,29 @@ def _teacher(config: Any, model: ViT, guide: Guide) -> tuple[Guide, Any]:
             f"expected {ours.depth} and {ours.layout.rows}x{ours.layout.cols}"
         )
     return dataclasses.replace(guide, model=found.model, preprocess=found.preprocess), found.params
+
+
+def frozen_windows(model: ViT, frozen: Any) -> tuple[str, ...]:
+    """A line for people when frozen blocks hold what predicts windows, which then never move.
+
+    Args:
+      model: of the run.
+      frozen: tree of which parameters stay.
+    """
+    if model.config.scan:
+        return ()
+    blocks = frozen["Transformer"]
+    still = [
+        layer
+        for layer in window_layers(model)
+        if all(jax.tree.leaves(blocks[f"encoderblock_{layer}"]["WindowHead_0"]))
+    ]
+    if not still:
+        return ()
+    return (
+        f"warning: config.optimizer.freeze also freezes the windows of layers "
+        f"{', '.join(map(str, still))}; config.winft.layers chooses others",
+    )
 
 
 def check_windows(winft: Any, batch: int) -> None:
