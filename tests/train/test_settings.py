@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 import vit_interact as vi
 from tests.train import tiny
+from vit_interact.models.config import ViTConfig, WindowConfig
 from vit_interact.train import speed
 from vit_interact.train.config import as_json, check_config, default_config, differences
 from vit_interact.train.evaluate import BINS, Evaluation
@@ -253,3 +254,13 @@ def test_every_config_is_sound_and_says_how_it_is_run(name):
     check_config(settings)
     assert f"--config=configs/{name}.py" in text
     assert "Hardware" in text and "esult" in text
+
+
+def test_window_heads_are_counted():
+    plain = {"image_size": (32, 32), "patch_size": (4, 4), "width": 8, "heads": 2, "depth": 3}
+    counts = [
+        speed.forward_flops(ViTConfig(**plain, windows=windows))
+        for windows in (None, WindowConfig(layers=(0, 2), groups=2), WindowConfig(kind="given"))
+    ]
+    # 2 layers, 64 patches, 8 wide, 4 distances for each of 2 groups.
+    assert counts[1] - counts[0] == 2 * 2 * 64 * 8 * 8 and counts[2] == counts[0]

@@ -36,15 +36,20 @@ _PEAKS = {
 def forward_flops(config: ViTConfig) -> float:
     """FLOPs of one image's forward pass, multiplications and additions apart.
 
-    Matrix products only: embedding, projections, attention, MLP and head.
+    Matrix products only: embedding, projections, attention, MLP, window heads and head.
     """
     tokens, width = config.layout.num_tokens, config.width
     ph, pw = config.patch_size
     embedding = config.layout.num_patches * 3 * ph * pw * width
     hidden = config.mlp_dim * (3 if config.swiglu else 2)
     block = tokens * width * (4 * width + hidden) + 2 * tokens**2 * width
+    windows = config.windows
+    predicted = 0
+    if windows is not None and windows.kind == "predicted":
+        layers = sum(windows.has(layer) for layer in range(config.depth))
+        predicted = layers * config.layout.num_patches * width * 4 * windows.groups
     head = width * config.num_classes * (2 if config.pool == "cls_gap" else 1)
-    return 2.0 * (embedding + config.depth * block + head)
+    return 2.0 * (embedding + config.depth * block + predicted + head)
 
 
 def peak_flops(count: int) -> tuple[float, str]:
