@@ -7,7 +7,7 @@ Command for one run, and for all runs and their table:
   python -m vit_interact.train --config=configs/winft_cifar10_cpu.py:ARM --workdir=runs/ARM_0 \
     --config.data.source=DIR --config.seed=0
   python tools/compare_windows.py --data DIR --out runs
-Hardware, hours and result: docs/results.md
+Hardware, hours and result so far: docs/results.md
 """
 
 from ml_collections import ConfigDict
