@@ -231,6 +231,7 @@ class Slow(dict):
         super().__init__(splits, train=Slowly(train.images, train.labels, train.class_names))
 
 
+@pytest.mark.slow
 def test_half_precision_learns_alike(tmp_path):
     curves = []
     for dtype in ("float32", "bfloat16"):

@@ -28,6 +28,7 @@ from vit_interact.train.train import train
 from vit_interact.train.windows import Guide, frozen_windows, guidance, plan_windows, window_shares
 
 LAYERS = 2
+ONE = jax.devices()[:1]
 
 
 def slow(value):
@@ -36,7 +37,7 @@ def slow(value):
 
 def run(folder, **changes):
     settings = {"winft__windows": "predicted", "winft__every": 4, "steps": 4, **changes}
-    train(tiny.config(**settings), folder, tiny.data())
+    train(tiny.config(**settings), folder, tiny.data(), devices=ONE)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "train/loss" in line]
 
@@ -118,9 +119,11 @@ def test_loss_and_figures_are_means_over_patches(model):
     np.testing.assert_allclose(window_shares(distances, layout), area.T, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_guidance_alone_makes_boxes_the_teachers_windows(tmp_path):
     teacher = tmp_path / "teacher"
-    train(tiny.config(steps=30, checkpoint__export="last"), teacher, tiny.data())
+    settings = tiny.config(steps=30, checkpoint__export="last")
+    train(settings, teacher, tiny.data(), devices=ONE)
     lines = run(
         tmp_path / "run", winft__guide="teacher", winft__teacher=str(teacher), steps=60,
         winft__weight=(10.0, 10.0), winft__indicator="attention", winft__coverage=0.5,
@@ -133,7 +136,8 @@ def test_guidance_alone_makes_boxes_the_teachers_windows(tmp_path):
     assert {f"windows/area/layer_0{i}" for i in range(LAYERS)} < set(last)
 
 
-@pytest.mark.parametrize("guide", [slow(""), "self"])
+@pytest.mark.slow
+@pytest.mark.parametrize("guide", ["", "self"])
 def test_a_run_opens_as_it_ended(tmp_path, guide):
     lines = run(
         tmp_path, winft__guide=guide, winft__sharpness=(1.0, 0.25), checkpoint__export="last"
@@ -194,6 +198,7 @@ def test_maps_of_a_kernel_have_that_kernel(model):
     np.testing.assert_allclose(kernel(jnp.asarray(maps), layout), given, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_asked_every_time(tmp_path):
     teacher = tmp_path / "teacher"
     plain = run(teacher, winft__windows="", checkpoint__export="last")
@@ -223,7 +228,8 @@ def test_schedules(model):
     assert [float(found.weight(step)) for step in (0, 5, 10)] == pytest.approx([2, 1, 0])
 
 
-@pytest.mark.parametrize("strategy", [slow("replicate"), "fsdp", slow("tensor")])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["replicate", "fsdp", "tensor"])
 def test_devices_change_nothing(tmp_path, strategy):
     settings = {"winft__every": 2, "winft__indicator": "attention", "steps": 3}
     curves = []
@@ -264,6 +270,7 @@ def test_a_loaded_models_windows_are_not_replaced(model, params):
         planned(ours, converted, winft__windows="local")
 
 
+@pytest.mark.slow
 def test_pictures_of_windows(tmp_path):
     run(tmp_path, tensorboard=True, winft__indicator="attention", steps=8)
     from PIL import Image
@@ -313,6 +320,7 @@ def test_arms_differ_in_their_windows_only(arm):
     assert all(line.startswith("config.winft.") for line in told)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_exactly(tmp_path):
     settings = {"winft__indicator": "attention", "winft__sharpness": (1.0, 0.5), "steps": 4}
     whole = run(tmp_path / "whole", **settings)
