@@ -166,6 +166,7 @@ def test_given_windows_stay_as_they_are(tmp_path, kind):
     assert (windows[..., :2] <= place).all() and (place < windows[..., 2:]).all()
 
 
+@pytest.mark.slow
 def test_windows_of_a_survey(tmp_path, model, params, images):
     store = tmp_path / "survey.zarr"
     design = Design.of(model, indicators=("attention",))
