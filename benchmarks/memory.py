@@ -2,20 +2,59 @@
 
 `python -m benchmarks.memory [--model vit_s16] [--batch 8] [--json]`. Nothing is run: the compiler
 says what it would allocate. Outputs (the maps themselves) are not temporaries and are listed apart.
+The last rows are of the gradient of a loss by the parameters: with explicit attention, and with
+windows that each patch, or each patch and head, predicts.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import platform
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 import vit_interact as vi
 from vit_interact import interactions as vx
+from vit_interact.models.attention import Taps
+from vit_interact.models.config import WindowConfig
+from vit_interact.models.vit import ViT
+
+_EXPLICIT = "training, explicit attention"
+
+
+def _training(model: ViT, images: Any) -> dict[str, dict[str, float]]:
+    """Memory of the gradient of a loss, with and without predicted windows."""
+    one, each = WindowConfig(), WindowConfig(groups=model.config.heads)
+
+    def windowed(windows: WindowConfig) -> ViT:
+        return model.clone(config=dataclasses.replace(model.config, windows=windows))
+
+    models = {
+        _EXPLICIT: model.clone(taps=Taps()),
+        "training, a window a patch": windowed(one),
+        "training, a window a patch and head": windowed(each),
+    }
+    rows: dict[str, dict[str, float]] = {}
+    for name, trained in models.items():
+
+        def loss(params: Any, images: Any, trained: ViT = trained) -> Any:
+            logits: Any = trained.apply({"params": params}, images)
+            return jnp.sum(jnp.square(logits.astype(jnp.float32)))
+
+        params = jax.eval_shape(trained.init, jax.random.key(0), images)["params"]
+        memory = jax.jit(jax.grad(loss)).lower(params, images).compile().memory_analysis()
+        temporary = memory.temp_size_in_bytes / 2**20
+        rows[name] = {
+            "temporary_mib": temporary,
+            "output_mib": memory.output_size_in_bytes / 2**20,
+            "ratio": temporary / rows[_EXPLICIT]["temporary_mib"] if rows else 1.0,
+        }
+    return rows
 
 
 def main() -> None:
@@ -45,7 +84,10 @@ def main() -> None:
     rows = {"forward": forward, "forward + backward": both}
     for name in vx.INDICATORS:
         rows[name] = compiled(lambda p, x, name=name: vi.measure(model, p, x, (name,)))
+    rows |= _training(model, images)
     for name, row in rows.items():
+        if "ratio" in row:
+            continue
         needs_backward = "output_grad" in vx.NEEDS.get(name, ())
         base = both if needs_backward else forward
         row["ratio"] = row["temporary_mib"] / base["temporary_mib"]
@@ -62,11 +104,12 @@ def main() -> None:
         print(json.dumps(report, indent=1))
         return
     print({key: value for key, value in report.items() if key != "rows"})
-    print(f"{'':20}{'temporary MiB':>14}{'outputs MiB':>13}{'ratio':>7}  to")
+    print(f"{'':38}{'temporary MiB':>14}{'outputs MiB':>13}{'ratio':>7}  to")
     for name, row in rows.items():
         base_name = "forward + backward" if "output_grad" in vx.NEEDS.get(name, ()) else "forward"
+        base_name = _EXPLICIT if name.startswith(_EXPLICIT[:8]) else base_name
         print(
-            f"{name:20}{row['temporary_mib']:14.1f}{row['output_mib']:13.1f}{row['ratio']:7.2f}"
+            f"{name:38}{row['temporary_mib']:14.1f}{row['output_mib']:13.1f}{row['ratio']:7.2f}"
             f"  {base_name}"
         )
 

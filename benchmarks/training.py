@@ -27,7 +27,7 @@ from vit_interact.models.vit import ViT
 from vit_interact.train.alongside import Alongside
 from vit_interact.train.config import default_config
 from vit_interact.train.inputs import EvalFeed, Feed, Inputs, make_augment
-from vit_interact.train.optimizer import make_optimizer, make_schedule, still
+from vit_interact.train.optimizer import frozen_leaves, make_optimizer, make_schedule
 from vit_interact.train.sharding import make_mesh
 from vit_interact.train.state import create_state, param_shapes
 from vit_interact.train.step import Recipe, make_train_step
@@ -153,7 +153,7 @@ def _step(
     rule = make_optimizer(config.optimizer, schedule, shapes, model.config.depth)
     device = config.augment.where == "device"
     recipe = Recipe(
-        model, rule, still(shapes, ""), make_augment(config.augment), device, preprocess, 0,
+        model, rule, frozen_leaves(shapes, ""), make_augment(config.augment), device, preprocess, 0,
         guide=plan.guide, weight=plan.weight, sharpness=plan.sharpness,
     )  # fmt: skip
     step = jax.jit(make_train_step(recipe))

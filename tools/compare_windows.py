@@ -28,20 +28,29 @@ TAUGHT = ("offset", "teacher", "taught")
 
 def main() -> None:
     """Runs what is not done and writes the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Formatter)
-    parser.add_argument("--config", default="configs/winft_cifar10_cpu.py", help="without an arm")
-    parser.add_argument("--data", required=True, help="as config.data.source")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs and the table")
-    parser.add_argument("--arms", default=",".join(ARMS), help="default: all")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its own cores")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def option(name: str, words: str, **more: Any) -> None:
+        shown = words if more.get("required") else f"{words}; default: %(default)s"
+        parser.add_argument(name, help=shown, **more)
+
+    option("--config", "without an arm", default="configs/winft_cifar10_cpu.py")
+    option("--data", "as config.data.source", required=True)
+    option("--out", "folder of the runs and the table", type=Path, required=True)
+    option("--arms", "of the comparison", default=",".join(ARMS))
+    option("--seeds", "of each arm", type=_seeds, default="0,1,2")
+    option("--jobs", "runs at a time, each on its own cores", type=_count, default=1)
     parser.add_argument("--test", action="store_true", help="read the test split, at the very end")
     parser.add_argument("settings", nargs="*", help="further settings, such as epochs=3")
     arguments = parser.parse_args()
     arms = arguments.arms.split(",")
     if unknown := set(arms) - set(ARMS):
         parser.error(f"no arm is called {', '.join(sorted(unknown))}; there are {', '.join(ARMS)}")
-    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    seeds = arguments.seeds
+    if not Path(arguments.config).is_file():
+        parser.error(f"--config {arguments.config}: there is no such file")
     arguments.out.mkdir(parents=True, exist_ok=True)
 
     cores: queue.Queue[set[int]] = queue.Queue()
@@ -72,6 +81,19 @@ def main() -> None:
     if table["arms"]:
         _draw(table, arguments.out / "curves.png")
     raise SystemExit(1 if failed else 0)
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers such as 0,1,2") from None
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 1 or more")
+    return int(text)
 
 
 def _run(arguments: Any, arm: str, seed: int, cores: queue.Queue[set[int]]) -> str:
@@ -200,10 +222,6 @@ def _print(table: dict[str, Any]) -> None:
         print(f"{arm:10} {len(runs):4} {val['mean']:9.2%}{spread:>7} {area:>6} {speed:9.1f}")
     for run, error in table["failed"].items():
         print(f"failed: {run}: {error}")
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    pass
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from vit_interact.survey.offsets import maps_of_kernel, offset_windows
 from vit_interact.survey.quantities import Design, kernel, observe, pool
 from vit_interact.survey.store import save, to_dataset
 from vit_interact.train.config import as_json, differences
-from vit_interact.train.optimizer import still
+from vit_interact.train.optimizer import frozen_leaves
 from vit_interact.train.state import begin
 from vit_interact.train.step import Recipe, make_train_step
 from vit_interact.train.train import train
@@ -289,9 +289,10 @@ def test_guidance_by_one_in_eight_images_adds_less_than_a_tenth(model):
     for guide in ("", "self"):
         plan = planned(wide, winft__windows="predicted", winft__guide=guide, winft__every=8)
         shapes = jax.eval_shape(plan.model.init, jax.random.key(0), jnp.zeros((1, 112, 112, 3)))
+        frozen = frozen_leaves(shapes["params"], "")
         recipe = Recipe(
-            plan.model, optax.sgd(0.1), still(shapes["params"], ""), Augment(None, flip=False),
-            False, Preprocess(size=(112, 112)), 0, guide=plan.guide, weight=plan.weight,
+            plan.model, optax.sgd(0.1), frozen, Augment(None, flip=False), False,
+            Preprocess(size=(112, 112)), 0, guide=plan.guide, weight=plan.weight,
         )  # fmt: skip
         state = jax.eval_shape(
             lambda params, recipe=recipe: begin(params, recipe.optimizer, False, recipe.nothing()),
@@ -335,5 +336,5 @@ def test_frozen_windows_are_told(model):
     plan = planned(model, winft__windows="predicted")
     shapes = jax.eval_shape(plan.model.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
     for pattern, told in (("encoderblock_0/", "layers 0;"), ("encoderblock_0/Mlp", None)):
-        lines = frozen_windows(plan.model, still(shapes["params"], pattern))
+        lines = frozen_windows(plan.model, frozen_leaves(shapes["params"], pattern))
         assert [told in line for line in lines] == ([True] if told else [])

@@ -187,8 +187,10 @@ def batches(
     # Closed even when a run stops early: workers and shared memory go before the program ends.
     with contextlib.closing(iter(iterable)) as iterator:
         for batch in iterator:
-            # Arrays of worker processes lie in shared memory, which devices may not hold on to.
-            yield {name: np.array(array) for name, array in batch.items()}
+            if reading.workers:
+                # Their arrays lie in shared memory, which devices may not hold on to.
+                batch = {name: np.array(array) for name, array in batch.items()}
+            yield batch
 
 
 def _parse_flags() -> None:

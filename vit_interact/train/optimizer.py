@@ -61,7 +61,7 @@ def make_optimizer(
     Raises:
       ValueError: for a pattern that is no regular expression, matches nothing or freezes all.
     """
-    frozen = still(params, config.freeze)
+    frozen = frozen_leaves(params, config.freeze)
     if all(jax.tree.leaves(frozen)):
         raise ValueError(f"config.optimizer.freeze={config.freeze!r} freezes every parameter")
     rules: list[optax.GradientTransformation] = []
@@ -93,7 +93,7 @@ def make_optimizer(
     return optax.partition({"trained": rule, "frozen": optax.set_to_zero()}, labels)
 
 
-def still(params: Any, pattern: str) -> Any:
+def frozen_leaves(params: Any, pattern: str) -> Any:
     """Which parameters are frozen: those that match, and windows that are given.
 
     Raises:

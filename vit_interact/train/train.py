@@ -22,7 +22,7 @@ from vit_interact.train.evaluate import evaluate, scalars
 from vit_interact.train.inputs import EvalFeed, Feed, Inputs, make_augment, on_device
 from vit_interact.train.log import Log, read_lines
 from vit_interact.train.meter import Interrupt, Meter
-from vit_interact.train.optimizer import make_optimizer, make_schedule, still
+from vit_interact.train.optimizer import frozen_leaves, make_optimizer, make_schedule
 from vit_interact.train.results import describe, draw, export, overview, write_figures
 from vit_interact.train.sharding import check_mesh, make_mesh, replicated
 from vit_interact.train.showing import Showing
@@ -95,7 +95,7 @@ def _train(
     teacher = load_teacher(config, model, inputs.class_names)
     shapes = param_shapes(model)
     optimizer = make_optimizer(config.optimizer, schedule, shapes, model.config.depth)
-    frozen = still(shapes, config.optimizer.freeze)
+    frozen = frozen_leaves(shapes, config.optimizer.freeze)
     if config.compile_cache:
         jax.config.update("jax_compilation_cache_dir", config.compile_cache)
 
@@ -208,7 +208,7 @@ def _train(
                 jax.profiler.stop_trace()
             if showing is not None and (step % each_epoch == 0 or step == steps):
                 sharpness = windowing.sharpness_at(step)
-                showing.look(step, state.best_params, sharpness, windowing.teaching)
+                showing.look(step, state.best_params, sharpness, teaching["windows"])
                 log.write_images(step, showing.images())
             evaluates = val is not None and (step % eval_every == 0 or step == steps)
             stops = interrupt.asked(step) or step == end
