@@ -123,5 +123,6 @@ def draw_arms(arms: Mapping[str, Sequence[Sequence[tuple[float, float]]]]) -> Fi
             axes.plot(epochs, values.T, style, color=color, linewidth=0.7, alpha=0.6)
     axes.set(xlabel="epoch", ylabel="held-out top-1")
     axes.legend(loc="lower right")
-    axes.set_title("Thick: mean of the runs; thin: each run")
+    if any(len(runs) > 1 for runs in arms.values()):
+        axes.set_title("Thick: mean of the runs; thin: each run")
     return figure
