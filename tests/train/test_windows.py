@@ -248,6 +248,10 @@ def test_devices_change_nothing(tmp_path, strategy):
     ("changes", "words"),
     [
         ({"winft__guide": "teacher"}, "config.winft.teacher is empty"),
+        (
+            {"winft__guide": "teacher", "winft__teacher": "vit_s14_caltech101"},
+            "config.winft.teacher=vit_s14_caltech101: image height 16 is not a multiple",
+        ),
         ({"winft__guide": "file"}, "config.winft.file is empty"),
         ({"winft__guide": "file", "winft__file": "nowhere"}, "there is no such store"),
         ({"winft__windows": "boxes"}, "config.winft.windows='boxes': expected one of"),

@@ -278,7 +278,10 @@ def _teacher(config: Any, model: ViT, guide: Guide) -> tuple[Guide, Any]:
     name = config.winft.teacher
     if not name:
         raise ValueError("config.winft.teacher is empty: anything that vi.load_model reads")
-    found = load_checkpoint(name, image_size=model.config.image_size, dtype=model.config.dtype)
+    try:
+        found = load_checkpoint(name, image_size=model.config.image_size, dtype=model.config.dtype)
+    except ValueError as error:
+        raise ValueError(f"config.winft.teacher={name}: {error}") from error
     theirs, ours = found.model.config, model.config
     same = (theirs.depth, theirs.layout.rows, theirs.layout.cols)
     if same != (ours.depth, ours.layout.rows, ours.layout.cols):
