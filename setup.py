@@ -49,6 +49,7 @@ setup(
             "assets/*.md",
             "assets/*.safetensors",
             "assets/caltech101/*/*.jpg",
+            "viz/static/*",
             "viz/templates/*",
         ]
     },

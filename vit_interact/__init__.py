@@ -26,6 +26,8 @@ _HOMES = {
     "capture": "vit_interact.observe.measure",
     "ablate_edges": "vit_interact.observe.ablation",
     "analyze": "vit_interact.observe.analyze",
+    "analyze_files": "vit_interact.observe.files",
+    "show": "vit_interact.viz.widget",
     "sample_images": "vit_interact.data.samples",
     "interactions": "vit_interact",
 }
@@ -43,7 +45,9 @@ if TYPE_CHECKING:
     from vit_interact.models.zoo import create_model, list_models
     from vit_interact.observe.ablation import ablate_edges
     from vit_interact.observe.analyze import analyze
+    from vit_interact.observe.files import analyze_files
     from vit_interact.observe.measure import capture, measure
+    from vit_interact.viz.widget import show
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,10 @@
 """An analysis folder: images go in batch by batch, and what is done stays done.
 
 Layout of the folder: `analysis.zarr` (the dataset of `vi.analyze`, images appended),
-`images/SLUG/*.png`, `contact_sheet.png`, `index.html`, and `progress.json`, which says which images
-are complete. `progress.json` is replaced atomically after a batch's arrays and figures are
-written; arrays that reach beyond it, after a kill, are cut back before the next batch.
+`images/SLUG/*.png`, `contact_sheet.png`, `index.html`, the interactive `report.html`, and
+`progress.json`, which says which images are complete. `progress.json` is replaced atomically after
+a batch's arrays and figures are written; arrays that reach beyond it, after a kill, are cut back
+before the next batch.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
     from vit_interact.models.weights import Checkpoint
 
-_IMAGE_CHUNK = {"interaction": 2}  # dimensions that get chunks of 1: image, layer
+# Dimensions that get chunks of 1 where it is not the image alone.
+_IMAGE_CHUNK = {"interaction": 2, "other_interaction": 3, "other_combined_interaction": 2}
 # Rendering in other processes pays only when there is enough of it.
 _POOL_FROM = 12
 
@@ -41,16 +42,27 @@ class Options:
     """What to compute; results of other options do not mix in one folder.
 
     Attributes:
-      indicator: one of `interactions.INDICATORS`.
+      indicator: one of `interactions.INDICATORS`, of windows, fields and figures.
       coverage: share of impact that a window holds.
       layers: layer numbers, None for all.
       score: "predicted" or a class number.
+      others: further indicators, whose interactions are kept too.
     """
 
     indicator: str = "leave_one_out"
     coverage: float = 0.9
     layers: tuple[int, ...] | None = None
     score: str | int = "predicted"
+    others: tuple[str, ...] = ()
+
+    def for_analyze(self) -> dict[str, Any]:
+        """Arguments of `vi.analyze`."""
+        return {
+            "indicator": (self.indicator, *self.others),
+            "coverage": self.coverage,
+            "layers": self.layers,
+            "score": self.score,
+        }
 
 
 class Outcome(NamedTuple):
@@ -92,6 +104,8 @@ def analyze_folder(
     Raises:
       ValueError: when the folder holds an analysis with other options or weights.
     """
+    from vit_interact.observe.files import analyze_pictures
+
     if batch_size < 1:
         raise ValueError(f"batch size {batch_size}: expected at least 1")
     folder = _Folder(out, _fingerprint(checkpoint, options), overwrite)
@@ -114,20 +128,24 @@ def analyze_folder(
             chunk = todo[start : start + batch_size]
             good, pictures = _decode(chunk, checkpoint, failures)
             if good:
-                dataset = _compute(checkpoint, pictures, good, options, batch_size)
+                names = [work.name for work in good]
+                dataset = analyze_pictures(
+                    checkpoint, pictures, names, batch_size, **options.for_analyze()
+                )
                 folder.append(dataset)
                 render(dataset, out)
                 folder.commit(good)
             done += len(good)
             advance(len(chunk))
-    return Outcome(folder.finish(failures), done, skipped, failures)
+    return Outcome(folder.finish(failures, fresh=done > 0), done, skipped, failures)
 
 
 def _fingerprint(checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
-    layers = options.layers if options.layers is None else list(options.layers)
+    chosen = json.loads(json.dumps(dataclasses.asdict(options)))
+    if not options.others:
+        del chosen["others"]  # as folders have it that were made before there were others
     return {
-        **dataclasses.asdict(options),
-        "layers": layers,
+        **chosen,
         "model": json.loads(json.dumps(checkpoint.model.config.to_dict())),
         "preprocess": json.loads(json.dumps(checkpoint.preprocess.to_dict())),
         "weights_sha256": checkpoint.sha256,
@@ -145,50 +163,6 @@ def _decode(
         except ImageError as error:
             failures.append((visible(str(work.path)), error.reason))
     return good, np.stack(pictures) if pictures else np.zeros((0, 1, 1, 3), np.uint8)
-
-
-def _compute(
-    checkpoint: Checkpoint,
-    pictures: np.ndarray,
-    good: Sequence[Work],
-    options: Options,
-    batch_size: int,
-) -> xr.Dataset:
-    """The labelled dataset of one batch."""
-    from vit_interact.observe.analyze import analyze
-
-    padding = batch_size - len(good)
-    padded = np.concatenate([pictures, np.repeat(pictures[:1], padding, axis=0)])
-    config = checkpoint.model.config
-    dataset = analyze(
-        checkpoint.model,
-        checkpoint.params,
-        checkpoint.preprocess.normalize(padded),
-        indicator=options.indicator,
-        coverage=options.coverage,
-        layers=options.layers,
-        score=options.score,
-    ).isel(image=slice(0, len(good)))
-    dataset["picture"] = (("image", "y", "x", "channel"), pictures)
-    names = np.array([work.name for work in good], dtype=object)
-    dataset = dataset.assign_coords(image=("image", names))
-    if checkpoint.class_names is not None:
-        classes = np.array(checkpoint.class_names, dtype=object)
-        dataset = dataset.assign_coords(class_name=("class", classes))
-    versions = {
-        package: importlib.metadata.version(package)
-        for package in ("vit-interact", "jax", "flax", "numpy")
-    }
-    dataset.attrs.update(
-        model=checkpoint.source,
-        architecture=json.dumps(config.to_dict()),
-        weights_sha256=checkpoint.sha256,
-        score_of=str(options.score),
-        patch_size=list(config.patch_size),
-        preprocess=json.dumps(checkpoint.preprocess.to_dict()),
-        versions=json.dumps(versions),
-    )
-    return dataset
 
 
 def _render_one(one: xr.Dataset, out: Path) -> None:
@@ -228,6 +202,7 @@ class _Folder:
     def __init__(self, path: Path, fingerprint: dict[str, Any], overwrite: bool) -> None:
         self.path, self.fingerprint = path, fingerprint
         self.store, self.progress = path / "analysis.zarr", path / "progress.json"
+        self.report = path / "report.html"
         self.done: dict[str, str] = {}
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path} is a file; --out needs a folder")
@@ -269,7 +244,7 @@ class _Folder:
 
     def _made(self) -> list[Path]:
         """What this command writes beside `progress.json`."""
-        pages = [*self.path.glob("contact_sheet*.png"), self.path / "index.html"]
+        pages = [*self.path.glob("contact_sheet*.png"), self.path / "index.html", self.report]
         return [self.store, self.path / "images", *pages]
 
     def _clear(self) -> None:
@@ -327,11 +302,13 @@ class _Folder:
         unfinished.write_text(json.dumps(record, indent=1), "utf-8")
         os.replace(unfinished, self.progress)
 
-    def finish(self, failures: list[tuple[str, str]]) -> xr.Dataset | None:
-        """Draws the sheets and the page over everything in the folder."""
+    def finish(self, failures: list[tuple[str, str]], fresh: bool) -> xr.Dataset | None:
+        """Draws the sheets and the pages over everything in the folder."""
         import xarray as xr
         import zarr
 
+        from vit_interact.viz.pack import Pack, fitting
+        from vit_interact.viz.page import report_page
         from vit_interact.viz.report import contact_sheet, index_page
 
         if not self.done:
@@ -339,6 +316,8 @@ class _Folder:
         zarr.consolidate_metadata(self.store, zarr_format=2)
         dataset = xr.open_zarr(self.store)
         contact_sheet(dataset, self.path / "contact_sheet.png")
+        if fresh or not self.report.exists():
+            report_page(Pack(dataset.isel(image=slice(0, fitting(dataset)))), self.report)
         index_page(dataset, self.path, failures, self.path / "index.html")
         return dataset
 

@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from vit_interact.cli import analyze, models, statistics, verify
+from vit_interact.cli import analyze, models, report, statistics, verify
 from vit_interact.cli.shell import app
 
-__all__ = ["analyze", "app", "main", "models", "statistics", "verify"]
+__all__ = ["analyze", "app", "main", "models", "report", "statistics", "verify"]
 
 
 def main() -> None:

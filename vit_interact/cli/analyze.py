@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vit_interact.cli.shell import DEFAULT_MODEL, app, load, one_line_errors, progress
+from vit_interact.cli.shell import (
+    DEFAULT_MODEL,
+    app,
+    load,
+    names_of,
+    one_line_errors,
+    progress,
+)
 
 if TYPE_CHECKING:
     from vit_interact.models.weights import Checkpoint
@@ -60,7 +67,8 @@ def analyze(
     indicator: Annotated[
         str,
         typer.Option(
-            help="attention, dispersion, value_norm, gradient, leave_one_out, edge or rollout."
+            help="attention, dispersion, value_norm, gradient, leave_one_out, edge or rollout; or "
+            "several such as edge,attention: figures are of the first, the report shows all."
         ),
     ] = "leave_one_out",
     layers: Annotated[
@@ -87,8 +95,9 @@ def analyze(
 ) -> None:
     """Measure images and draw what was found.
 
-    The output folder holds [bold]analysis.zarr[/bold] (open it with xarray), figures of every
-    image, a contact sheet and [bold]index.html[/bold]. The same command again goes on where it
+    The output folder holds [bold]report.html[/bold] (interactive, one file that works offline),
+    [bold]analysis.zarr[/bold] (open it with xarray), figures of every image, a contact sheet and
+    [bold]index.html[/bold]. The same command again goes on where it
     stopped. Exit code 3: some images failed; 1: all did, or the input was wrong.
     """
     with one_line_errors():
@@ -96,10 +105,13 @@ def analyze(
         from vit_interact.session import Options
 
         files = find_images(images)
-        _check_options(indicator, coverage)
+        first, *others = names_of(indicator)
+        if not 0 < coverage <= 1:
+            raise ValueError(f"--coverage {coverage}: expected a share in (0, 1]")
         chosen = _parse_layers(layers)
         checkpoint = load(model, image_size=image_size, arch=arch)
-        options = Options(indicator, coverage, chosen, _parse_score(score, checkpoint))
+        scored = _parse_score(score, checkpoint)
+        options = Options(first, coverage, chosen, scored, tuple(others))
         _check_score(options, checkpoint)
         outcome = _analyze(checkpoint, files, out, options, batch_size, overwrite)
     _report(outcome, checkpoint, out)
@@ -109,21 +121,14 @@ def _check_score(options: Options, checkpoint: Checkpoint) -> None:
     """Without classes nothing is predicted that a gradient could be of."""
     from vit_interact.interactions.indicators import NEEDS
 
-    graded = "output_grad" in NEEDS[options.indicator] and options.score == "predicted"
-    if graded and not checkpoint.model.config.has_classes:
+    if checkpoint.model.config.has_classes or options.score != "predicted":
+        return
+    graded = [n for n in (options.indicator, *options.others) if "output_grad" in NEEDS[n]]
+    if graded:
         raise ValueError(
-            f"{options.indicator} is about a score, and these weights have no classes: choose "
+            f"{graded[0]} is about a score, and these weights have no classes: choose "
             "another --indicator, or one output by --score NUMBER"
         )
-
-
-def _check_options(indicator: str, coverage: float) -> None:
-    """What can be said before weights are read and anything is compiled."""
-    from vit_interact.interactions.indicators import check_name
-
-    check_name(indicator)
-    if not 0 < coverage <= 1:
-        raise ValueError(f"--coverage {coverage}: expected a share in (0, 1]")
 
 
 def _analyze(
@@ -173,9 +178,24 @@ def _report(outcome: Outcome, checkpoint: Checkpoint, out: Path) -> None:
         told += f", {outcome.skipped} done before"
     if outcome.failures:
         told += f", {len(outcome.failures)} failed"
-    print(told + (f"; open {out / 'index.html'}" if outcome.dataset is not None else ""))
+    if outcome.dataset is None:
+        print(told)
+    else:
+        print(f"{told}; open {out / 'report.html'} (interactive) or {out / 'index.html'} (figures)")
+        _say_left_out(outcome.dataset, out)
     if outcome.failures:
         raise typer.Exit(SOME_FAILED if outcome.done + outcome.skipped else 1)
+
+
+def _say_left_out(dataset: Any, out: Path) -> None:
+    from vit_interact.viz.pack import fitting
+
+    shown, images = fitting(dataset), dataset.sizes["image"]
+    if shown < images:
+        print(
+            f"  report.html holds the first {shown} of {images} images, to stay under 80 MB; for "
+            f"others: vit-interact report {out} --images NAME --out FILE.html"
+        )
 
 
 @app.command(epilog="Example:\n\nvit-interact demo --out demo")

@@ -35,6 +35,8 @@ _DIMS: dict[str, tuple[str, ...]] = {
     "eccentricity": ("query",),
     "entropy": ("query",),
 }
+# What is kept of further indicators: the rest follows from it.
+_KEPT = ("interaction", "received_impact")
 _UNITS = {
     "window": "patches",
     "area": "share of all patches",
@@ -56,7 +58,7 @@ def analyze(
     model: Any,
     params: Mapping[str, Any],
     images: Images,
-    indicator: str = "leave_one_out",
+    indicator: str | Sequence[str] = "leave_one_out",
     coverage: float = 0.9,
     layers: Sequence[int] | None = None,
     score: Score = "predicted",
@@ -71,7 +73,8 @@ def analyze(
       model: as for `vi.measure`.
       params: its parameters.
       images: normalised images `[B, h, w, 3]`.
-      indicator: one of `interactions.INDICATORS`.
+      indicator: one of `interactions.INDICATORS`, or several: windows and fields are of the first,
+        interactions and received impact of the others are kept as `other_...` variables.
       coverage: share of a row's impact that a window must hold, in (0, 1].
       layers: layers to measure; None is all.
       score: as for `vi.measure`.
@@ -93,23 +96,34 @@ def analyze(
         if not isinstance(model, ViT):
             raise ValueError("a model that is not vit_interact's needs layout=TokenLayout(...)")
         layout = model.config.layout
-    indicators.check_name(indicator)
+    names = (indicator,) if isinstance(indicator, str) else tuple(dict.fromkeys(indicator))
+    if not names:
+        raise ValueError("indicator is empty: expected one or more of interactions.INDICATORS")
+    for name in names:
+        indicators.check_name(name)
     images = jnp.asarray(images)
     chosen = choose_layers(model, params, images, layers)
     function, classes = make_score(score, images.shape[0])
     found = _analyze(
-        model, params, images, classes, indicator, float(coverage), chosen, function, layout
+        model, params, images, classes, names, float(coverage), chosen, function, layout
     )
     found = jax.tree.map(np.asarray, found)
 
     variables: dict[str, Any] = {}
     for name, dims in _DIMS.items():
-        units = {"units": _UNITS.get(name, indicators.UNITS[indicator])}
+        units = {"units": _UNITS.get(name, indicators.UNITS[names[0]])}
         per_layer = np.moveaxis(found["layers"][name], 0, 1)
         variables[name] = (("image", "layer", *dims), per_layer, units)
-        if name in ("interaction", "received_impact"):
-            units = {"units": "share of the row" if name == "interaction" else "mean of layers"}
+        if name in _KEPT:
+            units = {"units": _combined_unit(name)}
         variables[f"combined_{name}"] = (("image", *dims), found["combined"][name], units)
+    for name in _KEPT if len(names) > 1 else ():
+        # [others, layers, images, ...] -> [images, others, layers, ...]
+        per_layer = np.moveaxis(found["others"][name], 2, 0)
+        combined = np.moveaxis(found["others_combined"][name], 1, 0)
+        variables[f"other_{name}"] = (("image", "other", "layer", *_DIMS[name]), per_layer)
+        dims = ("image", "other", *_DIMS[name])
+        variables[f"other_combined_{name}"] = (dims, combined, {"units": _combined_unit(name)})
     variables["removal_order"] = (("image", "query"), found["removal_order"])
     if not isinstance(model, ViT) or model.config.has_classes:
         variables["prediction"] = (("image", "top"), found["prediction"])
@@ -120,14 +134,16 @@ def analyze(
         variables["predicted_window"] = (dims, boxes, {"units": "patches"})
     variables["score"] = (("image",), found["score"], {"units": "logit"})
     coords: dict[str, Any] = {"layer": list(chosen), **_COORDS}
+    if len(names) > 1:
+        coords["other"] = np.array(names[1:], dtype=object)
     if "predicted_window" in found:
         coords["window_layer"] = list(window_layers(model))
     return xr.Dataset(
         variables,
         coords=coords,
         attrs={
-            "indicator": indicator,
-            "indicator_unit": indicators.UNITS[indicator],
+            "indicator": names[0],
+            "indicator_unit": indicators.UNITS[names[0]],
             "coverage": float(coverage),
             "score_of": score if isinstance(score, str) else "given",
             "rows": layout.rows,
@@ -137,25 +153,27 @@ def analyze(
     )
 
 
+def _combined_unit(name: str) -> str:
+    return "share of the row" if name == "interaction" else "mean of layers"
+
+
 @functools.partial(
-    jax.jit, static_argnames=("model", "indicator", "coverage", "layers", "score", "layout")
+    jax.jit, static_argnames=("model", "names", "coverage", "layers", "score", "layout")
 )
 def _analyze(
     model: Any,
     params: Any,
     images: Array,
     classes: Array | None,
-    indicator: str,
+    names: tuple[str, ...],
     coverage: float,
     layers: tuple[int, ...],
     score: Callable[[Array], Array] | None,
     layout: TokenLayout,
 ) -> dict[str, Any]:
     asked: Score = score or ("predicted" if classes is None else classes)
-    logits, maps = measure_with_logits(model, params, images, (indicator,), asked, layers)
-    measured = maps[indicator]  # [L, B, N, N]
-    rolled = indicator == "rollout"
-    combined = measured[-1] if rolled else views.combine_layers(measured, layout)
+    logits, maps = measure_with_logits(model, params, images, names, asked, layers)
+    measured, combined = maps[names[0]], _across_layers(maps, names[0], layout)
     probability = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     top, prediction = jax.lax.top_k(probability, min(5, logits.shape[-1]))
     whole = _describe(combined, layout, coverage, normalised=True)
@@ -164,8 +182,15 @@ def _analyze(
     if isinstance(model, ViT) and window_layers(model):
         _, distances = predicted_distances(model, params, images)
         predicted["predicted_window"] = clipped_boxes(distances, layout)
+    others: dict[str, Any] = {}
+    if len(names) > 1:
+        each = jnp.stack([maps[name] for name in names[1:]])  # [others, L, B, N, N]
+        whole_each = jnp.stack([_across_layers(maps, name, layout) for name in names[1:]])
+        others["others"] = _interactions(each, layout, normalised=False)
+        others["others_combined"] = _interactions(whole_each, layout, normalised=True)
     return {
         **predicted,
+        **others,
         "layers": _describe(measured, layout, coverage, normalised=False),
         "combined": whole,
         "removal_order": removal.removal_order(impact.reshape(*impact.shape[:-2], -1)),
@@ -175,17 +200,33 @@ def _analyze(
     }
 
 
+def _across_layers(
+    maps: Mapping[str, Array], name: str, layout: TokenLayout
+) -> Float[Array, "B N N"]:
+    """One map for all layers; a rollout has been through them."""
+    return maps[name][-1] if name == "rollout" else views.combine_layers(maps[name], layout)
+
+
+def _interactions(
+    indicator: Float[Array, "*batch N N"], layout: TokenLayout, normalised: bool
+) -> dict[str, Array]:
+    """The variables of `_KEPT` for indicators with any leading axes."""
+    impact = removal.received_impact(indicator, layout)
+    return {
+        "interaction": views.patch_view(indicator, layout, rows=normalised),
+        "received_impact": impact.reshape(*impact.shape[:-1], layout.rows, layout.cols),
+    }
+
+
 def _describe(
     indicator: Float[Array, "*batch N N"], layout: TokenLayout, coverage: float, normalised: bool
 ) -> dict[str, Array]:
     """Every variable of `_DIMS` for indicators with any leading axes."""
-    view = views.patch_view(indicator, layout, rows=normalised)
-    box = windows.smallest_windows(view, layout, coverage)
-    impact = removal.received_impact(indicator, layout)
+    kept = _interactions(indicator, layout, normalised)
+    box = windows.smallest_windows(kept["interaction"], layout, coverage)
     return {
-        "interaction": view,
-        "received_impact": impact.reshape(*impact.shape[:-1], layout.rows, layout.cols),
+        **kept,
         "window": box,
         "area": windows.window_area(box, layout),
-        **fields.responsive_field(view, layout)._asdict(),
+        **fields.responsive_field(kept["interaction"], layout)._asdict(),
     }

@@ -262,9 +262,11 @@ def index_page(
       The path written. All names are escaped; they stay text.
     """
     target = Path(path)
+    interactive = Path(folder) / "report.html"
     page = _template().render(
         rows=list(_rows(ds, Path(folder), target.parent)),
         failures=[(visible(name), visible(reason)) for name, reason in failures],
+        report=_href(interactive, target.parent) if interactive.is_file() else "",
         sheets=[_href(sheet, target.parent) for sheet in _sheets(Path(folder))],
         model=visible(str(ds.attrs.get("model", "unknown model"))),
         facts=_facts(ds),

@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 # Label, colour, dashes, and the orders of removal that it is the control of. Dashes tell controls
 # from indicators, so that their colours may be few.
-_CONTROLS: dict[str, tuple[str, str, Any, tuple[str, ...]]] = {
+CONTROLS: dict[str, tuple[str, str, Any, tuple[str, ...]]] = {
     "centred": ("centred box", "#4D4D4D", (0, (4, 2)), ()),
     "random": ("random place", "#4D4D4D", (0, (1, 1.5)), ()),
     "lowest": ("least impact", "#A65628", (0, (4, 2)), ()),
@@ -66,7 +66,7 @@ def draw_windows_curves(report: dict[str, Any]) -> Figure:
         "data": "one mask for all images",
     }
     shown = [name for name in titles if any(row["variant"] == name for row in rows)]
-    compared = any(row["kind"] in _CONTROLS for row in rows)
+    compared = any(row["kind"] in CONTROLS for row in rows)
     panels = len(shown) + compared
     figure = Figure(figsize=(0.5 + 4 * max(2, panels), 4.6), layout="constrained")
     axes: Sequence[Axes] = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
@@ -91,8 +91,8 @@ def _compare(axis: Axes, rows: list[Row], names: list[str]) -> None:
     best = max(names, key=lambda name: _mean(_pick(rows, name, "layers", "indicator")))
     style = indicator_style(best)
     _curve(axis, _pick(rows, best, "layers", "indicator"), "area", style.label, style.color)
-    for kind in dict.fromkeys(row["kind"] for row in rows if row["kind"] in _CONTROLS):
-        label, color, dashes, _ = _CONTROLS[kind]
+    for kind in dict.fromkeys(row["kind"] for row in rows if row["kind"] in CONTROLS):
+        label, color, dashes, _ = CONTROLS[kind]
         _curve(axis, _pick(rows, best, "layers", kind), "area", label, color, dashes)
     axis.set_title("against boxes of the same area")
 
@@ -124,8 +124,8 @@ def draw_removal_curves(report: dict[str, Any]) -> Figure:
             if of == kind:
                 style = indicator_style(name)
                 _curve(axis, curve, "removed", style.label, style.color)
-            elif not of and name in _CONTROLS and kind in _CONTROLS[name][3]:
-                label, color, dashes, _ = _CONTROLS[name]
+            elif not of and name in CONTROLS and kind in CONTROLS[name][3]:
+                label, color, dashes, _ = CONTROLS[name]
                 _curve(axis, curve, "removed", label, color, dashes)
         when = "measured again on what is left" if kind == "staged" else "measured once"
         axis.set_title(f"{titles[how]}\n{when}")

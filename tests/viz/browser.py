@@ -1,0 +1,43 @@
+"""A real Chromium for the tests of pages; they skip where there is none."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@contextmanager
+def opened(address: str | Path, width: int = 1400, height: int = 1000) -> Iterator[Any]:
+    """A page; fails when it says anything on its console or asks for anything elsewhere."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium here; .ci/run installs it")
+    said: list[str] = []
+    url = address.as_uri() if isinstance(address, Path) else address
+    with playwright.sync_playwright() as driver:
+        # Inside containers Chromium's own sandbox is not permitted.
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": height})
+        page.on("console", lambda message: said.append(f"console: {message.text}"))
+        page.on("pageerror", lambda error: said.append(f"error: {error}"))
+        page.on(
+            "dialog", lambda dialog: (said.append(f"dialog: {dialog.message}"), dialog.accept())
+        )
+
+        def asked(request: Any) -> None:
+            if not request.url.startswith(("data:", "blob:")) and request.url != url.split("#")[0]:
+                said.append(f"request: {request.url}")
+
+        page.on("request", asked)
+        page.goto(url)
+        page.wait_for_selector(".app[data-ready]", timeout=30_000)
+        yield page
+        browser.close()
+    assert said == []

@@ -1,0 +1,301 @@
+"""What the viewer shows, made small: maps quantised row by row, compressed, one blob a map.
+
+An entry `x` of a row whose largest entry is `m` is kept as `q = round(sqrt(x / m) * n)`, `n` being
+255 or 65535, with `m` beside the row: square roots leave small entries their digits, and most of a
+row is small. What rounding takes from one entry is added to the next one, so that sums over many
+patches, which windows are made of, stay within the rounding of one of them. On a ViT-S/14 8 bits so
+change 0.9 to 1.4 % of the windows of 50 and 90 % coverage; rounded to even steps they changed 6 to
+15 %, and without the carry 1.3 to 2.0 %. The page says what it is for its own data.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import zlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+import xarray as xr
+from jaxtyping import Float, UInt
+from PIL import Image
+
+from vit_interact.data.naming import visible
+from vit_interact.viz import style
+from vit_interact.viz.scene import Scene, predictions
+from vit_interact.viz.wheel import cyclic_lab, oklab_to_srgb
+
+#: Maps whose windows are compared with those of unquantised ones, over all images and indicators.
+_COMPARED = 24
+_COMPARED_LARGE = 3
+_LARGE = 400  # patches from which windows take long
+
+#: Pages grow no larger unless images are chosen by name.
+PAGE_BYTES = 80e6
+
+Quantised = tuple[UInt[np.ndarray, "*n P"], Float[np.ndarray, "*n"]]
+
+
+class Agreement(NamedTuple):
+    """How far quantised windows are from those of the arrays.
+
+    Attributes:
+      differ: share of windows that differ.
+      compared: windows compared, none of them of rows of zeros.
+      coverage: of the windows.
+    """
+
+    differ: float
+    compared: int
+    coverage: float
+
+
+def fitting(data: xr.Dataset, bits: int = 8) -> int:
+    """How many images of a dataset make a page of about `PAGE_BYTES`; at least 1."""
+    patches, layers = data.sizes.get("query", 1), data.sizes.get("layer", 0)
+    maps = (layers + 1) * (1 + data.sizes.get("other", 0))
+    # A byte an entry is 0.85 compressed (16 bits: 1.7), and text takes 4 characters for 3 bytes.
+    image = maps * patches**2 * (bits / 8) * 0.85 * 4 / 3 + 30_000
+    return max(1, min(data.sizes.get("image", 0), int(PAGE_BYTES / image)))
+
+
+def quantise(rows: Float[np.ndarray, "*n P"], bits: int = 8) -> Quantised:
+    """Non-negative rows as small integers; see the module.
+
+    Args:
+      rows: any unit; NaN counts as 0.
+      bits: 8 or 16.
+
+    Returns:
+      Integers `[..., P]` and the largest entry of each row, 0 for a row of zeros.
+    """
+    levels = 2**bits - 1
+    rows = np.nan_to_num(rows.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0).clip(0.0)
+    scale = rows.max(axis=-1).astype(np.float32)
+    unit = rows / np.where(scale > 0, scale, 1.0)[..., None]
+    found = np.empty(rows.shape, np.uint8 if bits == 8 else np.uint16)
+    carry = np.zeros(scale.shape)
+    for column in range(rows.shape[-1]):
+        wanted = unit[..., column] + carry
+        found[..., column] = np.rint(np.sqrt(wanted.clip(0.0, 1.0)) * levels)
+        carry = wanted - (found[..., column] / levels) ** 2
+    return found, scale
+
+
+def dequantise(
+    found: UInt[np.ndarray, "*n P"], scale: Float[np.ndarray, "*n"]
+) -> Float[np.ndarray, "*n P"]:
+    """Rows in float32, bit for bit what the page computes."""
+    levels = np.iinfo(found.dtype).max
+    unit = found.astype(np.float64) / levels
+    return (unit * unit * scale.astype(np.float64)[..., None]).astype(np.float32)
+
+
+class Pack:
+    """The maps of a dataset, image by image, as the viewer wants them.
+
+    Attributes:
+      data: the dataset, without images that were not asked for.
+      indicators: names, the one of the windows first.
+      bits: of an entry.
+    """
+
+    def __init__(self, data: xr.Dataset, bits: int = 8) -> None:
+        """Looks at a dataset; nothing large is read yet.
+
+        Args:
+          data: from `vi.analyze`, `vi.analyze_files` or an `analysis.zarr`.
+          bits: 8, or 16 for twice the size.
+
+        Raises:
+          ValueError: if it is not such a dataset, or holds no images.
+        """
+        if bits not in (8, 16):
+            raise ValueError(f"bits={bits}: expected 8 or 16")
+        missing = [n for n in ("interaction", "combined_received_impact") if n not in data]
+        if missing:
+            raise ValueError(
+                f"the dataset has no variable {missing[0]}: expected one of vit_interact.analyze"
+            )
+        if not data.sizes.get("image", 0):
+            raise ValueError("the dataset holds no images")
+        self.data, self.bits = data, bits
+        self.indicators = [str(data.attrs.get("indicator", "unknown"))]
+        if "other" in data.coords:
+            self.indicators += [str(name) for name in data["other"].values]
+        self.scenes = [Scene(data.isel(image=k)) for k in range(data.sizes["image"])]
+
+    @property
+    def model(self) -> str:
+        """What was measured."""
+        return visible(str(self.data.attrs.get("model", "unknown model")))
+
+    def meta(self) -> dict[str, Any]:
+        """All that is small, for JSON."""
+        first = self.scenes[0]
+        windows = self.data.get("predicted_window")
+        return {
+            "rows": first.rows,
+            "cols": first.cols,
+            "extent": list(first.extent),
+            "aspect": first.aspect,
+            "bits": self.bits,
+            "layers": first.layers,
+            "model": self.model,
+            "score": str(self.data.attrs.get("score_of", "")),
+            "coverage": first.coverage if np.isfinite(first.coverage) else 0.9,
+            "indicators": [self._told(name) for name in self.indicators],
+            "windowLayers": [] if windows is None else _numbers(self.data["window_layer"]),
+            "windowGroups": 0 if windows is None else int(windows.sizes["group"]),
+            "images": [self._image(scene) for scene in self.scenes],
+            "colors": _color_tables(),
+            "agreement": self.agreement()._asdict(),
+        }
+
+    def keys(self) -> Iterator[str]:
+        """Names of all blobs, those of the first view first."""
+        for k in range(len(self.scenes)):
+            for name in self.indicators:
+                yield f"{k}/{name}/impact"
+                yield f"{k}/{name}/all"
+                yield from (f"{k}/{name}/{layer}" for layer in self.scenes[0].layers)
+            if "predicted_window" in self.data:
+                yield f"{k}/predicted"
+
+    def blob(self, key: str) -> bytes:
+        """One of `keys`: little-endian, deflated.
+
+        Returns:
+          `IMAGE/INDICATOR/LAYER`: the scales of a map, float32 `[P]`, and its integers `[P, P]`, 16
+          bits as all high bytes before all low ones; `.../impact`: received impact over all layers
+          and in each, float32 `[1 + L, P]`; `IMAGE/predicted`: float32 `[W, G, P, 4]`.
+
+        Raises:
+          KeyError: for another key.
+        """
+        image, _, rest = key.partition("/")
+        if not image.isdecimal() or int(image) >= len(self.scenes):
+            raise KeyError(key)
+        scene = self.scenes[int(image)]
+        if rest == "predicted" and "predicted_window" in self.data:
+            return _deflated(scene.array("predicted_window").astype("<f4").tobytes())
+        name, _, layer = rest.partition("/")
+        if name not in self.indicators:
+            raise KeyError(key)
+        if layer == "impact":
+            whole = self._array(scene, "combined_received_impact", name)[None]
+            impact = np.concatenate([whole, self._array(scene, "received_impact", name)])
+            return _deflated(impact.astype("<f4").tobytes())
+        found, scale = quantise(self.map(int(image), name, layer), self.bits)
+        low = (found & 255).astype(np.uint8).tobytes()
+        high = (found >> 8).astype(np.uint8).tobytes() if self.bits == 16 else b""
+        return _deflated(scale.astype("<f4").tobytes() + high + low)
+
+    def map(self, image: int, name: str, layer: str | int) -> Float[np.ndarray, "P P"]:
+        """A map as it was measured; `layer` is a number, or "all" for all layers together.
+
+        Raises:
+          KeyError: for a layer that was not measured.
+        """
+        scene = self.scenes[image]
+        if layer == "all":
+            return self._array(scene, "combined_interaction", name)
+        if str(layer) not in map(str, scene.layers):
+            raise KeyError(f"{image}/{name}/{layer}")
+        return self._array(scene, "interaction", name, scene.layers.index(int(layer)))
+
+    def agreement(self) -> Agreement:
+        """Compares windows of quantised maps with those of the arrays, on maps spread over all."""
+        from vit_interact.interactions.windows import smallest_windows
+        from vit_interact.layout import TokenLayout
+
+        layout = TokenLayout(self.scenes[0].rows, self.scenes[0].cols, 0)
+        coverage = self.scenes[0].coverage
+        coverage = coverage if np.isfinite(coverage) else 0.9
+        places: list[tuple[int, str, str | int]] = [
+            (k, name, layer)
+            for layer in ("all", *self.scenes[0].layers)
+            for k in range(len(self.scenes))
+            for name in self.indicators
+        ]
+        most = _COMPARED_LARGE if layout.num_patches > _LARGE else _COMPARED
+        step = max(1, len(places) // most)
+        differ = compared = 0
+        for place in places[::step][:most]:
+            rows = self.map(*place)
+            quantised = dequantise(*quantise(rows, self.bits))
+            boxes = [np.asarray(smallest_windows(one, layout, coverage)) for one in
+                     (np.nan_to_num(rows), quantised)]  # fmt: skip
+            real = np.nan_to_num(rows).max(-1) > 0
+            differ += int((boxes[0] != boxes[1]).any(-1)[real].sum())
+            compared += int(real.sum())
+        return Agreement(differ / max(1, compared), compared, coverage)
+
+    def _array(
+        self, scene: Scene, variable: str, name: str, layer: int | None = None
+    ) -> np.ndarray:
+        """A variable of one image for one of the indicators, read from disk no more than needed."""
+        if name == self.indicators[0]:
+            found = scene.data[variable]
+        else:
+            found = scene.data[f"other_{variable}"].isel(other=self.indicators.index(name) - 1)
+        return np.asarray((found if layer is None else found.isel(layer=layer)).values)
+
+    def _told(self, name: str) -> dict[str, str]:
+        known = style.indicator_style(name)
+        return {"name": name, "label": known.label, "color": known.color, "unit": known.unit}
+
+    def _image(self, scene: Scene) -> dict[str, Any]:
+        guesses = predictions(scene.data)
+        return {
+            "name": visible(scene.name),
+            "label": _label(scene),
+            "guesses": [[visible(name), share] for name, share in guesses],
+            "score": float(scene.data["score"]) if "score" in scene.data else None,
+            "picture": _picture(scene),
+        }
+
+
+def _label(scene: Scene) -> str | None:
+    """The class an image is of: the nearest of its folders that is called like one."""
+    if "class_name" not in scene.data.coords:
+        return None
+    known = {str(name) for name in scene.data["class_name"].values}
+    folders = scene.name.split("/")[:-1]
+    return next((visible(folder) for folder in reversed(folders) if folder in known), None)
+
+
+def _picture(scene: Scene) -> str | None:
+    """The photograph as an address that holds it."""
+    if scene.picture is None:
+        return None
+    file = io.BytesIO()
+    Image.fromarray(scene.picture).save(file, "JPEG", quality=90)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _color_tables() -> dict[str, str]:
+    """Colour maps of the figures, RGB bytes; `direction` is the rim of the wheel in OKLab."""
+    tables = {
+        name: mpl.colormaps[style.COLORMAPS[name]](np.linspace(0, 1, 256))[:, :3]
+        for name in ("impact", "signed")
+    }
+    lab = cyclic_lab()
+    # The wheel from its white centre to its rim, in 16 steps of saturation.
+    white = np.array([1.0, 0.0, 0.0])
+    steps = np.linspace(0, 1, 16)[:, None, None]
+    tables["wheel"] = oklab_to_srgb(white + steps * (lab - white))
+    return {
+        name: base64.b64encode(np.rint(table * 255).astype(np.uint8).tobytes()).decode()
+        for name, table in tables.items()
+    }
+
+
+def _numbers(values: xr.DataArray) -> list[int]:
+    return [int(value) for value in np.atleast_1d(values.values)]
+
+
+def _deflated(data: bytes) -> bytes:
+    return zlib.compress(data, 6)
