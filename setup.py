@@ -19,6 +19,8 @@ EXTRAS = {
     "tfds": ["array_record", "importlib_resources", "tensorflow-datasets"],
     "hub": ["huggingface_hub"],
     "notebook": ["anywidget", "jupyterlab"],
+    # Drives the report and runs the notebooks of colabs/ in tests; also needs chromium.
+    "browser": ["anywidget", "ipykernel", "nbclient", "nbformat", "playwright"],
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
     "dev": [

@@ -175,6 +175,17 @@ def test_a_killed_survey_goes_on_exactly(tmp_path, checkpoint, examples):
         survey(checkpoint, examples, out, ("edge",), (0.5,), resume=True)
 
 
+def test_a_store_from_before_values_goes_on_without_them(tmp_path, checkpoint, examples):
+    out = tmp_path / "old.zarr"
+    design = Design.of(checkpoint.model, coverages=(), values=False)
+    options = {"batch_size": 4, "devices": jax.devices()[:2]}
+    Survey(checkpoint, examples[:4], design, out, "data", **options).run()
+    work = survey(checkpoint, examples, out, resume=True)
+    assert work.done == 4 and not work.design.values
+    found = load_survey_of(work)
+    assert found["attention_spread"].count.sum() > 0 and "attention_value" not in found
+
+
 def test_merged_surveys_are_one(tmp_path, checkpoint, examples):
     whole = load_survey_of(survey(checkpoint, examples, tmp_path / "whole.zarr"))
     survey(checkpoint, examples[:3], tmp_path / "a.zarr").run()
@@ -231,7 +242,7 @@ def test_commands(tmp_path, weights):
     assert result.exit_code == 0 and "8 images in" in result.output, result.output
     names = {path.name for path in (tmp_path / "ab_figures").iterdir()}
     assert names == {
-        "kernel_attention.png", "fields.png", "attention_distance.png", "windows.png",
+        "kernel_attention.png", "fields.png", "attention_distance.png", "windows.png", "values.png",
     }  # fmt: skip
     result = call(*common, "--out", out, "--resume")
     assert result.exit_code == 0 and "8 images in" in result.output, result.output

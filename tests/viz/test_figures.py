@@ -8,6 +8,7 @@ import pytest
 import xarray as xr
 from made_up import make_dataset
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -217,7 +218,7 @@ def test_removal_greys_the_first_of_the_order(oblong: xr.Dataset) -> None:
 def test_every_figure_is_drawn_for_every_shape(name: str, options: dict) -> None:
     ds = make_dataset(**{"rows": 5, "cols": 6, "names": ("one.png",), **options})
     figure = figures.FIGURES[name](ds.isel(image=0))
-    figure.canvas.draw()
+    FigureCanvasAgg(figure).draw()
     shape = ds.sizes["row"], ds.sizes["col"]
     for axes in figure.axes:
         if axes.images and axes.get_label() in ("overlay", "impact", "area", "order", "spread"):
@@ -252,7 +253,7 @@ def test_names_are_shortened_and_never_formulas() -> None:
     name = "$x_1$ " + "very " * 30 + "long\n\N{SNOWMAN}\N{CJK UNIFIED IDEOGRAPH-732B}.jpg"
     ds = make_dataset(4, 4, names=(name,), class_names=("a", "b" * 80, "c", "d", "e"))
     figure = figures.draw_received_impact(ds.isel(image=0))
-    figure.canvas.draw()
+    FigureCanvasAgg(figure).draw()
     title, subtitle = figure.texts[0], figure.texts[1]
     assert len(title.get_text()) < 90
     assert not title.get_parse_math()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from vit_interact.interactions.fields import responsive_field
 from vit_interact.interactions.indicators import NEEDS, check_name, roll
@@ -26,6 +26,13 @@ from vit_interact.observe.probe import class_score, probe
 BINS = 40
 """Bins of every histogram between its lowest and highest edge."""
 
+FAINTEST = 1e-4
+"""Lowest edge of the values, as 1 for a row that takes the same from every patch."""
+
+MOST_PAIRS = 1600
+"""Pairs of patches whose values are counted: with int32 counts, 1.3 million images of every layer
+fit, about those of ImageNet; and the cost stays far below that of the forward pass."""
+
 
 class Quantity(NamedTuple):
     """What one quantity is.
@@ -36,6 +43,7 @@ class Quantity(NamedTuple):
       what: in words.
       low: lowest edge of its histogram; None for no histogram.
       high: highest edge.
+      log: whether edges are evenly spaced in the logarithm.
     """
 
     dims: tuple[str, ...]
@@ -43,11 +51,14 @@ class Quantity(NamedTuple):
     what: str
     low: float | None = None
     high: float = 1.0
+    log: bool = False
 
     @property
     def edges(self) -> np.ndarray | None:
         """Edges of its histogram."""
-        return None if self.low is None else np.linspace(self.low, self.high, BINS + 1)
+        if self.low is None:
+            return None
+        return (np.geomspace if self.log else np.linspace)(self.low, self.high, BINS + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +71,7 @@ class Design:
       heads: heads `H`.
       indicators: names of `interactions.INDICATORS`.
       coverages: of windows; none leaves windows out.
+      values: whether entries of the indicators are counted; False in stores from before they were.
     """
 
     layout: TokenLayout
@@ -67,6 +79,7 @@ class Design:
     heads: int
     indicators: tuple[str, ...] = ("attention",)
     coverages: tuple[float, ...] = (0.9,)
+    values: bool = True
 
     def __post_init__(self) -> None:
         for name in self.indicators:
@@ -86,6 +99,20 @@ class Design:
             if "output_grad" in NEEDS.get(name, ()) and not config.has_classes:
                 raise ValueError(f"{name} is of the gradient of a class; these weights have none")
         return cls(config.layout, config.depth, config.heads, **choices)
+
+    def check_count(self, images: int) -> None:
+        """Refuses more images than int32 counts hold.
+
+        Raises:
+          ValueError: with the number that they hold.
+        """
+        entries = max(self.layout.num_patches, len(value_pairs(self.layout)) * self.values)
+        most = (2**31 - 1) // entries
+        if images > most:
+            raise ValueError(
+                f"a survey of a grid of {self.layout.rows}x{self.layout.cols} holds at most "
+                f"{most:,} images, got {images:,}"
+            )
 
     def quantities(self) -> dict[str, Quantity]:
         """All that is counted, by name: `attention_distance`, and `INDICATOR_what`."""
@@ -109,6 +136,12 @@ class Design:
             "eccentricity": Quantity(layer, "1", "eccentricity of the field", 0.0, 1.0),
             "entropy": Quantity(layer, "share of log P", "entropy of the row", 0.0, 1.0),
         }
+        if self.values:
+            what = "entry of the row of a patch, times the number of patches: 1 is an even row"
+            patches = float(self.layout.num_patches)
+            # A grid of one patch has no other value than 1.
+            high = max(patches, 10.0)
+            each["value"] = Quantity(layer, "even row", what, FAINTEST, high, log=True)
         if self.coverages:
             each |= {
                 "window_area": Quantity(window, "share of the grid", "area of windows", 0.0, 1.0),
@@ -173,6 +206,8 @@ def observe(
             maps = roll(maps)
         view = patch_view(maps, design.layout)
         found[f"{name}_kernel"] = jnp.moveaxis(kernel(view, design.layout), 0, 1)
+        if design.values:
+            found[f"{name}_value"] = _values(design, view)
         found |= {f"{name}_{key}": value for key, value in _of_patches(design, view).items()}
     return found
 
@@ -211,6 +246,33 @@ def _offsets(size: int) -> np.ndarray:
     place = np.arange(size)
     offset = place[None] - place[:, None] + size - 1
     return np.eye(2 * size - 1, dtype=np.float32)[offset]
+
+
+@functools.cache
+def value_pairs(layout: TokenLayout) -> Int[np.ndarray, " pairs"]:
+    """The pairs of patches whose values are counted, as `query * P + key`.
+
+    Of all pairs in the order of their distance every `n`-th, so that each distance, the patch
+    itself included, has its share to within one pair, from all over the grid. Always the same for
+    a grid; all pairs where there are no more than `MOST_PAIRS`.
+    """
+    place = layout.positions()
+    apart = ((place[:, None] - place[None]) ** 2).sum(axis=-1).ravel()
+    # Odd, since an even step would meet the same of four neighbours in every row.
+    step = -(-len(apart) // MOST_PAIRS) | 1
+    pairs = np.argsort(apart, kind="stable")[step // 2 :: step]
+    pairs.setflags(write=False)
+    return pairs
+
+
+def _values(design: Design, view: Float[Array, "L B P P"]) -> Float[Array, "entries L"]:
+    """Entries of `value_pairs` as 1 for an even row; NaN for rows of zeros."""
+    patches = design.layout.num_patches
+    pairs = value_pairs(design.layout)
+    entries = view.reshape(*view.shape[:2], -1)[..., pairs] * patches
+    defined = view.any(axis=-1)[..., pairs // patches]
+    entries = jnp.where(defined, entries, jnp.nan)
+    return jnp.moveaxis(entries, 0, -1).reshape(-1, design.depth)
 
 
 def _of_patches(design: Design, view: Float[Array, "L B P P"]) -> dict[str, Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -59,11 +60,13 @@ class Survey:
 
         Raises:
           ValueError: when `out` exists and is not to be resumed, or holds a survey of something
-            else; when the batch does not divide over the devices.
+            else; when the batch does not divide over the devices; for more images than counts
+            hold.
         """
         devices = list(devices or jax.devices())
         if batch_size % len(devices):
             raise ValueError(f"batch size {batch_size} does not divide over {len(devices)} devices")
+        design.check_count(len(examples))
         self.checkpoint, self.examples, self.design, self.out = checkpoint, examples, design, out
         self.batch_size, self.skip, self.save_every = batch_size, skip, save_every
         self.mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
@@ -93,6 +96,8 @@ class Survey:
 
     def _open(self) -> None:
         design, statistics, about = load_survey(self.out)
+        # A store from before values were counted goes on without them.
+        self.design = dataclasses.replace(self.design, values=design.values)
         check_same(design, about, self.design, self.about, self.out)
         ranges = about["ranges"]
         if len(ranges) != 1 or ranges[0][0] != self.skip or about["data"] != self.about["data"]:

@@ -108,7 +108,7 @@ def load_survey(path: str | Path) -> tuple[Design, dict[str, Statistics], dict[s
         kept = json.loads(dataset.attrs["design"])
         design = Design(
             TokenLayout(**kept["layout"]), kept["depth"], kept["heads"],
-            tuple(kept["indicators"]), tuple(kept["coverages"]),
+            tuple(kept["indicators"]), tuple(kept["coverages"]), kept.get("values", False),
         )  # fmt: skip
         statistics = {}
         for name, one in design.quantities().items():
@@ -153,6 +153,7 @@ def merge_surveys(paths: Sequence[str | Path], out: str | Path) -> xr.Dataset:
         if other_about["data"] != about["data"]:
             about["data"] = f"{about['data']} + {other_about['data']}"
     about["images"] = sum(end - start for start, end in about["ranges"])
+    design.check_count(about["images"])
     dataset = to_dataset(design, statistics, about)
     save(out, dataset)
     return dataset
@@ -169,5 +170,10 @@ def check_same(
         if getattr(design, field.name) != getattr(known, field.name)
     ]
     differs += [key for key in ("weights_sha256", "preprocess") if about[key] != known_about[key]]
+    if differs == ["values"]:
+        raise ValueError(
+            f"{where} {'has' if design.values else 'lacks'} histograms of values and the other "
+            "survey not: one of them is of an earlier version; make it again"
+        )
     if differs:
         raise ValueError(f"{where} is a survey with other {', '.join(differs)}")

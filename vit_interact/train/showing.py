@@ -87,6 +87,9 @@ class Showing:
 
     def images(self) -> functools.partial[dict[str, np.ndarray]]:
         """What draws the picture for TensorBoard, uint8 `[h, w, 3]`."""
+        # Here, on the caller's thread: several threads that import it at once have failed.
+        import vit_interact.viz.predicted  # noqa: F401
+
         assert self.seen is not None
         return functools.partial(self._pixels, *self.seen)
 

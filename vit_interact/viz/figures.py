@@ -7,6 +7,7 @@ them. What is drawn is what the dataset holds: artists carry its arrays unchange
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from types import MappingProxyType
 
 import numpy as np
 import xarray as xr
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -37,10 +39,12 @@ from vit_interact.viz.sheet import (
     TITLE,
     UPPER,
     WIDTH,
+    Pixels,
     Sheet,
     color_limits,
     draw_map,
     draw_picture,
+    fitted,
     hatch,
     panel_rows,
 )
@@ -49,6 +53,8 @@ from vit_interact.viz.sheet import (
 REMOVED_SHARES = (0.0, 0.25, 0.5, 0.75, 0.9)
 
 _STRIP_ACROSS = 12
+_STRIP_GAP = 12  # pixels at least between two maps
+_STRIP_WORDS = 54  # pixels for two lines below a map
 _UNDER_HEAT = 0.8  # brightness of pictures under heat, so that strong colours stand out
 
 
@@ -75,7 +81,7 @@ def draw_received_impact(data: xr.Dataset) -> Figure:
     draw_picture(overlay, scene, colored=False, light=_UNDER_HEAT)
     draw_map(overlay, scene, impact, "impact", overlay=True)
     bare = sheet.picture_axes(2, top, "Impact alone", "impact")
-    sheet.bar(draw_map(bare, scene, impact, "impact"), 2, top, _impact_unit(scene))
+    sheet.bar(draw_map(bare, scene, impact, "impact"), 1, top, _impact_unit(scene), last=2)
     if strip:
         _draw_layers(sheet, scene, cell)
     return sheet.figure
@@ -88,18 +94,18 @@ def _impact_unit(scene: Scene) -> str:
     return "received impact (layers over their means)"
 
 
-def _strip_size(scene: Scene) -> tuple[tuple[float, float], float]:
+def _strip_size(scene: Scene) -> tuple[tuple[Pixels, Pixels], Pixels]:
     """Width and height of one small map of the strip of layers, and the strip's height."""
     count = len(scene.layers)
     if not count or "received_impact" not in scene.data:
         return (0.0, 0.0), 0.0
     across = min(count, _STRIP_ACROSS)
-    width = min((WIDTH - 2 * MARGIN + 12) / across - 12, 150.0, 170 * scene.aspect)
-    height = width / scene.aspect
-    return (width, height), TITLE + -(-count // _STRIP_ACROSS) * (height + 54)
+    widest = min((WIDTH - 2 * MARGIN + _STRIP_GAP) / across - _STRIP_GAP, 150.0)
+    width, height = fitted(scene, widest, 170.0)
+    return (width, height), TITLE + -(-count // _STRIP_ACROSS) * (math.ceil(height) + _STRIP_WORDS)
 
 
-def _draw_layers(sheet: Sheet, scene: Scene, cell: tuple[float, float]) -> None:
+def _draw_layers(sheet: Sheet, scene: Scene, cell: tuple[Pixels, Pixels]) -> None:
     """The strip: all layers in one axes in pixels, since dozens of axes would be slow."""
     width, height = cell
     top = sheet.tops[1]
@@ -119,23 +125,43 @@ def _draw_layers(sheet: Sheet, scene: Scene, cell: tuple[float, float]) -> None:
     axes.set_axis_off()
     grid = (len(scene.layers), scene.rows, scene.cols)
     maps = scene.array("received_impact").reshape(grid)
+    high, wide = scene.extent
+    # Evenly over the width where the row is full.
+    across = min(len(scene.layers), _STRIP_ACROSS)
+    most = math.floor((WIDTH - 2 * MARGIN - width) / max(across - 1, 1))
+    pitch = min(most, math.ceil(width) + 4 * _STRIP_GAP)
     for k, (layer, values) in enumerate(zip(scene.layers, maps, strict=True)):
-        down, across = divmod(k, _STRIP_ACROSS)
-        left, upper = MARGIN + across * (width + 12), down * (height + 54)
-        low, high = color_limits(values, UPPER["impact"])
+        down, place = divmod(k, _STRIP_ACROSS)
+        left, upper = MARGIN + place * pitch, down * (math.ceil(height) + _STRIP_WORDS)
+        lowest, highest = color_limits(values, UPPER["impact"])
         axes.imshow(
             np.ma.masked_invalid(values),
             cmap=style.COLORMAPS["impact"],
-            vmin=low,
-            vmax=high,
-            extent=(left, left + width, upper + height, upper),
+            vmin=lowest,
+            vmax=highest,
+            extent=(
+                left,
+                left + width * scene.cols / wide,
+                upper + height * scene.rows / high,
+                upper,
+            ),
             interpolation="nearest",
             aspect="auto",
             label=f"layer {layer}",
         )
-        told = f"layer {layer}\nmax {_plain(values.max())}"
-        axes.text(left, upper + height + 6, told, va="top", fontsize=10.5, color=style.MUTED)
+        told = f"layer {layer}\nmax {_plain(values.max(), 2)}"
+        below = upper + math.ceil(height) + 6
+        axes.text(left, below, told, va="top", fontsize=12.5, color=style.MUTED)
     axes.set(xlim=(0, WIDTH), ylim=(strip_height, 0))
+    # One legend for all: each map has its own numbers at the ends of the same colours.
+    bar = sheet.axes(WIDTH - MARGIN - 240, top + 4, 150, 15)
+    sheet.figure.colorbar(
+        ScalarMappable(cmap=style.COLORMAPS["impact"]), cax=bar, orientation="horizontal", ticks=[]
+    ).outline.set_visible(False)
+    bar.set_label("colours of layers")
+    sheet.text(WIDTH - MARGIN - 250, top, "lowest", ha="right", color=style.MUTED, fontsize=12.5)
+    words = "highest" if UPPER["impact"] == 1 else f"top {style.percent(1 - UPPER['impact'])}"
+    sheet.text(WIDTH - MARGIN - 80, top, words, color=style.MUTED, fontsize=12.5)
 
 
 @style.styled
@@ -194,7 +220,7 @@ def draw_interaction(data: xr.Dataset) -> Figure:
         axes.add_patch(_box(np.array([row, col, row + 1, col + 1]), style.HIGHLIGHT, 3.0, "query"))
     if image is not None:
         label = f"{style.UNITS['interaction']} (without the patch itself)"
-        bar = sheet.bar(image, 0, sheet.tops[-1], label)
+        bar = sheet.bar(image, 0, sheet.tops[-1], label, last=min(len(chosen), COLUMNS) - 1)
         bar.ax.set_label("colour bar")
     return sheet.figure
 
@@ -262,11 +288,12 @@ def _draw_tiles(sheet: Sheet, scene: Scene, windows: np.ndarray) -> None:
     sheet.text(left, top + 9, "Windows of a sample of patches", fontsize=13.5)
     sample = spread_sample(scene.rows, scene.cols)
     gap = 6
-    width, height = ((side - 2 * gap) / SAMPLE_SIDE for side in sheet.panel)
+    width, height = fitted(scene, *((side - 2 * gap) / SAMPLE_SIDE for side in sheet.panel))
     high, wide = scene.extent
     for down, line in enumerate(sample):
         for across, patch in enumerate(line):
-            x, y = left + across * (width + gap), top + TITLE + down * (height + gap)
+            x = left + across * (math.ceil(width) + gap)
+            y = top + TITLE + down * (math.ceil(height) + gap)
             axes = sheet.axes(x, y, width, height)
             axes.set(xlim=(0, wide), ylim=(high, 0), label=f"window {patch}")
             axes.set_axis_off()
@@ -308,9 +335,10 @@ def draw_removal(data: xr.Dataset) -> Figure:
     for k, share in enumerate(REMOVED_SHARES):
         gone = np.zeros(scene.patches, bool)
         gone[order[: int(share * scene.patches)]] = True
-        title = f"{share:.0%} removed, {scene.patches - gone.sum()} of {scene.patches} patches stay"
+        left = f"{scene.patches - gone.sum()} of {scene.patches} patches stay"
+        title = f"{style.percent(share)} removed, {left}"
         axes = sheet.picture_axes(
-            k % COLUMNS, sheet.tops[k // COLUMNS], title.replace("%", " %"), f"removed {share:g}"
+            k % COLUMNS, sheet.tops[k // COLUMNS], title, f"removed {share:g}"
         )
         draw_picture(axes, scene)
         cover = np.zeros((scene.rows, scene.cols, 4), np.float32)
@@ -322,7 +350,8 @@ def draw_removal(data: xr.Dataset) -> Figure:
     place[order] = np.arange(1, scene.patches + 1)
     axes = sheet.picture_axes(2, sheet.tops[1], "Order of removal", "order")
     image = draw_map(axes, scene, place.reshape(scene.rows, scene.cols), "order")
-    sheet.bar(image, 2, sheet.tops[1], "removed first (1) to last")
+    bar = sheet.bar(image, 2, sheet.tops[1], style.UNITS["order"])
+    bar.set_ticks(sorted({round(at) for at in np.linspace(1, scene.patches, 5)}))
     return sheet.figure
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,18 +10,33 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import Normal, Stroke
 
 from vit_interact.layout import TokenLayout
 from vit_interact.viz.scene import Scene
-from vit_interact.viz.sheet import COLUMNS, Sheet, draw_picture, panel_rows
-from vit_interact.viz.style import MUTED, styled
+from vit_interact.viz.sheet import (
+    COLUMNS,
+    MARGIN,
+    Canvas,
+    Sheet,
+    draw_picture,
+    interpolation,
+    panel_rows,
+)
+from vit_interact.viz.style import percent, styled
 
 # Of the queries whose windows are shown; bright on photographs, apart for colour-blind readers.
 _QUERIES = ("#FFD400", "#00E5FF", "#FF5FA2")
+# The first is drawn lowest: where edges coincide, those below still show at both sides.
+_WIDTHS = (4.2, 2.8, 1.5)
 _DASHES: Any = (0, (2, 2))
+_DASHED = 1.8
 _LAYERS = 6
+# Pixels.
+_GAP = 14
+_TOP = 92
+_LEGEND = 44
 
 
 @styled
@@ -46,35 +62,44 @@ def draw_predicted_windows(
     columns = _chosen(len(layers))
     rows, cols = layout.rows, layout.cols
     count, (height, width) = len(pictures), pictures.shape[1:3]
-    # Wide enough for title and legend.
-    panel = max(2.1, 7.5 / len(columns))
-    size = (panel * len(columns) + 0.3, panel * height / width * count + 1.5)
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(count, len(columns), squeeze=False)
+    # Patches of whole pixels, and panels wide enough together for title and legend.
+    cell = max(round(max(210.0, 750 / len(columns)) / cols), 2)
+    down = max(round(cell * height / width * cols / rows), 2)
+    wide, high = cell * cols, down * rows
+    canvas = Canvas(
+        2 * MARGIN + len(columns) * (wide + _GAP) - _GAP,
+        _TOP + count * (high + _GAP) + _LEGEND,
+    )
+    canvas.text(MARGIN, 18, title, fontsize=17, fontweight="bold")
     area = _areas(boxes).mean(axis=(1, 2, 3)) / (rows * cols)
-    for (image, column), axes in np.ndenumerate(panels):
-        layer = columns[column]
+    for image, (place, layer) in itertools.product(range(count), enumerate(columns)):
+        left, top = MARGIN + place * (wide + _GAP), _TOP + image * (high + _GAP)
+        axes = canvas.axes(left, top, wide, high)
         extent = (0, cols, rows, 0)
-        axes.imshow(pictures[image], extent=extent, interpolation="nearest", aspect="auto")
+        how = interpolation(axes, pictures[image])
+        axes.imshow(pictures[image], extent=extent, interpolation=how, aspect="auto")
         goal = None if goals is None else goals[layer, image]
         _outline(axes, rows, cols, boxes[layer, image], goal)
-        axes.set(xticks=[], yticks=[], xlim=(0, cols), ylim=(rows, 0))
-        axes.spines[:].set_visible(False)
+        axes.set(xlim=(0, cols), ylim=(rows, 0), label=f"image {image}, layer {layers[layer]}")
+        axes.set_axis_off()
         if image == 0:
-            axes.set_title(f"layer {layers[layer]}, area {area[layer]:.0%}")
-    figure.suptitle(title, x=0.01, ha="left")
-    shown = [
-        Line2D([], [], color=_QUERIES[0], marker="s", linestyle="", alpha=0.75, label="patch"),
-        Line2D([], [], color=_QUERIES[0], linewidth=2.4, label="its window (half let in)"),
+            axes.set_title(f"layer {layers[layer]}, area {percent(area[layer])}")
+    color = _QUERIES[0]
+    outline: Any = {"fill": False, "edgecolor": color, "path_effects": _halo(_WIDTHS[0])}
+    shown: list[Any] = [
+        Rectangle((0, 0), 1, 1, color=color, alpha=0.75, linewidth=0, label="a patch"),
+        Rectangle((0, 0), 1, 1, linewidth=_WIDTHS[0], label="its window (half let in)", **outline),
     ]
     if goals is not None:
-        dashed: Any = {"linewidth": 1.6, "linestyle": _DASHES, "label": "learned from"}
-        shown.append(Line2D([], [], color=_QUERIES[0], **dashed))
-    legend = figure.legend(handles=shown, loc="outside lower left", ncols=3, frameon=True)
-    legend.get_frame().set(facecolor="#4D4D4D", linewidth=0)
-    for text in legend.get_texts():
-        text.set_color("white")
-    return figure
+        dashed: Any = {"linewidth": _DASHED, "linestyle": _DASHES, "label": "learned from"}
+        shown.append(
+            Rectangle((0, 0), 1, 1, **{**outline, "path_effects": _halo(_DASHED)}, **dashed)
+        )
+    canvas.figure.legend(
+        handles=shown, loc="lower left", ncols=3, borderaxespad=0,
+        bbox_to_anchor=(MARGIN / canvas.width, 10 / canvas.height),
+    )  # fmt: skip
+    return canvas.figure
 
 
 @styled
@@ -98,16 +123,14 @@ def draw_predicted(data: xr.Dataset) -> Figure:
     sheet = Sheet(scene, "Predicted windows", [panel_rows(scene, 24.0)] * lines, note)
     for place, index in enumerate(chosen):
         layer = layers[index]
-        title = f"layer {layer}: mean area {_areas(boxes[index]).mean() / scene.patches:.0%}"
+        title = f"layer {layer}: mean area {percent(_areas(boxes[index]).mean() / scene.patches)}"
         goal = None
         if measured is not None and layer in scene.layers:
             goal = measured[scene.layers.index(layer)]
-            title += f" (indicator {_areas(goal).mean() / scene.patches:.0%})"
+            title += f" (indicator {percent(_areas(goal).mean() / scene.patches)})"
         axes = sheet.picture_axes(
-            place % COLUMNS, sheet.tops[place // COLUMNS], title.replace("%", " %"),
-            f"predicted {layer}",
-        )  # fmt: skip
-        axes.title.set_color(MUTED)
+            place % COLUMNS, sheet.tops[place // COLUMNS], title, f"predicted {layer}"
+        )
         draw_picture(axes, scene)
         _outline(axes, scene.rows, scene.cols, boxes[index], goal)
     return sheet.figure
@@ -119,11 +142,21 @@ def _outline(axes: Axes, rows: int, cols: int, boxes: np.ndarray, goals: np.ndar
     for query, color in zip(queries, _QUERIES, strict=True):
         row, col = divmod(query, cols)
         _box(axes, np.array([row, col, row + 1, col + 1]), color=color, alpha=0.75, linewidth=0)
+    for query, color, width in zip(queries, _QUERIES, _WIDTHS, strict=True):
         outline = {"fill": False, "edgecolor": color}
-        if goals is not None:
-            _box(axes, goals[query], **outline, linestyle=_DASHES, linewidth=1.6, label="goal")
         for own in boxes[:, query]:
-            _box(axes, own, **outline, linewidth=2.4, label="predicted")
+            effects = _halo(width)
+            _box(axes, own, **outline, linewidth=width, label="predicted", path_effects=effects)
+    # Above all windows: a guide's edge often lies on another patch's.
+    for query, color in zip(queries, _QUERIES, strict=True):
+        if goals is not None:
+            how = {"linestyle": _DASHES, "linewidth": _DASHED, "path_effects": _halo(_DASHED)}
+            _box(axes, goals[query], fill=False, edgecolor=color, label="goal", **how)
+
+
+def _halo(width: float) -> list[Any]:
+    """Dark at both sides, so that bright lines stand out on white, too."""
+    return [Stroke(linewidth=width + 1.2, foreground="black", alpha=0.5), Normal()]
 
 
 def _box(axes: Axes, box: np.ndarray, **style: Any) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ from vit_interact.viz.fields import draw_arrows, full_length
 from vit_interact.viz.figures import FIGURES
 from vit_interact.viz.png import LEVELS, save
 from vit_interact.viz.scene import Scene, predictions
-from vit_interact.viz.sheet import UPPER, color_limits
+from vit_interact.viz.sheet import UPPER, Pixels, color_limits, fitted
 from vit_interact.viz.wheel import draw_wheel
 
 #: Images on one contact sheet; more go on further sheets.
@@ -110,10 +111,9 @@ def draw_contact_sheet(ds: xr.Dataset, start: int = 0, count: int | None = None)
     """
     scenes = [Scene(ds.isel(image=k)) for k in range(ds.sizes["image"])]
     # One shape for all: a dataset has one size of pictures.
-    width = min(_THUMB, 1.6 * _THUMB * scenes[0].aspect)
-    thumb = (width, width / scenes[0].aspect)
-    cell = thumb[1] + _WORDS
-    height = _TOP + -(-len(scenes) // _ACROSS) * cell + _MARGIN / 2
+    thumb = fitted(scenes[0], _THUMB, 1.6 * _THUMB)
+    cell = math.ceil(thumb[1]) + _WORDS
+    height = math.ceil(_TOP + -(-len(scenes) // _ACROSS) * cell + _MARGIN / 2)
     figure = Figure(figsize=(_WIDTH / style.DPI, height / style.DPI), dpi=style.DPI)
     # One axes in pixels for everything: a hundred of them would take seconds.
     axes = figure.add_axes((0, 0, 1, 1), label="sheet")
@@ -144,7 +144,7 @@ def draw_contact_sheet(ds: xr.Dataset, start: int = 0, count: int | None = None)
 
 
 def _draw_cell(
-    axes: Axes, scene: Scene, left: float, top: float, thumb: tuple[float, float]
+    axes: Axes, scene: Scene, left: float, top: float, thumb: tuple[Pixels, Pixels]
 ) -> None:
     """Picture, impact, arrows and two lines of words of one image."""
     width, height = thumb
@@ -190,7 +190,7 @@ def _draw_cell(
                   parse_math=False)  # fmt: skip
 
 
-def _draw_legends(figure: Figure, height: float) -> None:
+def _draw_legends(figure: Figure, height: int) -> None:
     """Colour bar and wheel in the upper right corner."""
     place = ((_WIDTH - 580) / _WIDTH, 1 - 66 / height, 250 / _WIDTH, 14 / height)
     bar = figure.colorbar(
@@ -199,7 +199,7 @@ def _draw_legends(figure: Figure, height: float) -> None:
         orientation="horizontal",
         ticks=[0, 1],
     )
-    bar.ax.set_xticklabels(["lowest", "highest"])
+    bar.ax.set_xticklabels(["lowest", f"top {style.percent(1 - UPPER['impact'])}"])
     bar.ax.set_title("received impact, image by image", color=style.MUTED, fontsize=12.5)
     bar.outline.set_visible(False)
     wheel = figure.add_axes(((_WIDTH - 252) / _WIDTH, 1 - 112 / height, 88 / _WIDTH, 88 / height))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vit_interact.data.naming import visible
-from vit_interact.viz.style import indicator_style
+from vit_interact.viz.style import CONTROL, indicator_style
 from vit_interact.viz.verification import CONTROLS
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def survey_tab(dataset: xr.Dataset) -> dict[str, Any]:
             blocks.append(_curves(title, "layer", down, lines))
         heads = dataset["attention_distance_mean"].values
         lines = [
-            _plain(list(depth), heads[:, head], f"head {head}", "#4D4D4D")
+            _plain(list(depth), heads[:, head], f"head {head}", CONTROL)
             for head in range(heads.shape[1])
         ]
         blocks.append(
@@ -241,9 +241,9 @@ def _order(order: str) -> tuple[str, str, Any]:
 
 def _control(name: str) -> tuple[str, str, Any]:
     if name.startswith("random") and name[6:].isdecimal():
-        return f"random order {int(name[6:]) + 1}", "#4D4D4D", [1.5, 2.5]
+        return f"random order {int(name[6:]) + 1}", CONTROL, [1.5, 2.5]
     if name not in CONTROLS:
-        return name.replace("_", " "), "#4D4D4D", [1.5, 2.5]
+        return name.replace("_", " "), CONTROL, [1.5, 2.5]
     label, color, dashes, _ = CONTROLS[name]
     if name.endswith("_staged"):
         label += f", {_WHEN['staged']}"

@@ -152,7 +152,7 @@ class Scene:
         if not best:
             return "a model without classes"
         name, probability = best[0]
-        return f"{style.shorten(name, limit)} ({100 * probability:.1f} %)"
+        return f"{style.shorten(name, limit)} ({style.percent(probability, 1)})"
 
     def title(self, subject: str) -> str:
         """First line of a figure: what is drawn, of which file."""
@@ -171,7 +171,7 @@ class Scene:
         seen = f"predicted: {self.prediction()}" if predictions(self.data) else self.prediction()
         parts = [seen, f"indicator: {style.shorten(name, 30)}"]
         if np.isfinite(self.coverage):
-            parts.append(f"coverage {self.coverage:.0%}".replace("%", " %"))
+            parts.append(f"coverage {style.percent(self.coverage)}")
         return "  ·  ".join([*parts, told])
 
 

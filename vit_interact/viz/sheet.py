@@ -1,22 +1,25 @@
 """A figure laid out in pixels: header, columns of panels of the picture's shape, footers.
 
 Places are computed, not searched for: Matplotlib's layout engines draw a figure several times, and
-here the shapes of all panels are known beforehand. Each panel has exactly the shape of the picture,
-so patches are never stretched and their edges fall where the model cut.
+here the shapes of all panels are known beforehand. Each panel has the shape of the picture and
+begins at a whole pixel, and each patch is of whole pixels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from matplotlib.axes import Axes
 from matplotlib.collections import PatchCollection
 from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
+from matplotlib.transforms import Bbox
 
 from vit_interact.viz import style
 from vit_interact.viz.scene import Scene
@@ -32,21 +35,96 @@ FOOTER = 84.0  # a colour bar with ticks and label
 TALLEST = 560.0
 NARROWEST_BAR = 300.0
 
+Pixels: TypeAlias = float | int
+
 #: Quantile at the upper end of the colours: a few extreme patches must not darken all others.
 UPPER = {"impact": 0.98, "interaction": 0.98}
 
 
-class Sheet:
-    """A Figure whose axes are placed in pixels from its top left corner.
+class Canvas:
+    """A Figure whose axes are placed in whole pixels from its top left corner.
 
     Attributes:
       figure: the Matplotlib figure, without pyplot.
+      width: of the figure in pixels.
+      height: of the figure in pixels.
+    """
+
+    def __init__(self, width: Pixels, height: Pixels) -> None:
+        """Makes an empty figure; fractions of pixels are rounded up."""
+        self.width, self.height = math.ceil(width), math.ceil(height)
+        size = (self.width / style.DPI, self.height / style.DPI)
+        self.figure = Figure(figsize=size, dpi=style.DPI)
+
+    def text(self, left: Pixels, top: Pixels, words: str, **kwargs: object) -> None:
+        """Text with its upper left corner at a pixel; dollar signs are no formulas."""
+        self.figure.text(
+            left / self.width,
+            1 - top / self.height,
+            words,
+            **{"va": "top", "parse_math": False, **kwargs},  # type: ignore[arg-type]
+        )
+
+    def axes(self, left: Pixels, top: Pixels, width: Pixels, height: Pixels) -> Axes:
+        """Axes at pixels from the upper left corner."""
+        bottom = self.height - top - height
+        box = ((left, bottom), (left + width, bottom + height))
+        axes = self.figure.add_axes((0, 0, 1, 1))
+        whole = self.figure.bbox.size
+        axes.set_position(
+            Bbox(
+                [
+                    [_fraction(at, size) for at, size in zip(corner, whole, strict=True)]
+                    for corner in box
+                ]
+            )
+        )
+        return axes
+
+    def bar_at(
+        self,
+        image: AxesImage,
+        left: Pixels,
+        top: Pixels,
+        width: Pixels,
+        label: str,
+        drawn: np.ndarray | None = None,
+    ) -> Colorbar:
+        """A horizontal colour bar.
+
+        It ends in an arrow where something that is `drawn` (by default the image) lies beyond its
+        last or first colour.
+        """
+        values: np.ma.MaskedArray = np.ma.masked_invalid(
+            np.ma.asarray(image.get_array() if drawn is None else drawn)
+        )
+        low, high = image.get_clim()
+        below, beyond = (bool(side.any()) for side in (values < low, values > high))
+        bar = self.figure.colorbar(
+            image,
+            cax=self.axes(left, top, width, 15.0),
+            orientation="horizontal",
+            extend={(True, True): "both", (True, False): "min", (False, True): "max"}.get(
+                (below, beyond), "neither"
+            ),
+        )
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(length=4, pad=3)
+        bar.set_label(label, labelpad=3)
+        return bar
+
+
+class Sheet(Canvas):
+    """A canvas for one image: header, columns of panels of the picture's shape, footers.
+
+    Attributes:
       scene: the image that is drawn.
       panel: width and height of one panel in pixels.
+      tops: upper edges of the parts below the header, in pixels.
     """
 
     def __init__(
-        self, scene: Scene, subject: str, heights: Sequence[float], note: str = ""
+        self, scene: Scene, subject: str, heights: Sequence[Pixels], note: str = ""
     ) -> None:
         """Makes the figure and its header.
 
@@ -57,37 +135,17 @@ class Sheet:
           note: a third line, such as what hatching means.
         """
         header = HEADER + (26.0 if note else 0.0)
+        whole = [math.ceil(height) for height in heights]
+        super().__init__(WIDTH, header + sum(whole) + MARGIN / 2)
         self.scene = scene
         self.panel = panel_size(scene)
-        self.height = header + sum(heights) + MARGIN / 2
-        self.figure = Figure(figsize=(WIDTH / style.DPI, self.height / style.DPI), dpi=style.DPI)
-        self.tops = [header + sum(heights[:k]) for k in range(len(heights))]
+        self.tops = [header + sum(whole[:k]) for k in range(len(whole))]
         self.text(MARGIN, 22, scene.title(subject), fontsize=17, fontweight="bold")
         self.text(MARGIN, 56, scene.subtitle(), color=style.MUTED)
         if note:
             self.text(MARGIN, 82, note, color=style.MUTED, fontsize=12.5)
 
-    def text(self, left: float, top: float | int, words: str, **kwargs: object) -> None:
-        """Text with its upper left corner at a pixel; dollar signs are no formulas."""
-        self.figure.text(
-            left / WIDTH,
-            1 - top / self.height,
-            words,
-            **{"va": "top", "parse_math": False, **kwargs},  # type: ignore[arg-type]
-        )
-
-    def axes(self, left: float, top: float, width: float, height: float) -> Axes:
-        """Axes at pixels from the upper left corner."""
-        return self.figure.add_axes(
-            (
-                left / WIDTH,
-                1 - (top + height) / self.height,
-                width / WIDTH,
-                height / self.height,
-            )
-        )
-
-    def picture_axes(self, column: int, top: float, title: str, label: str) -> Axes:
+    def picture_axes(self, column: int, top: Pixels, title: str, label: str) -> Axes:
         """Axes in patches for one panel of a column; `label` is how tests and readers find it."""
         axes = self.axes(column_left(column), top + TITLE, *self.panel)
         high, wide = self.scene.extent
@@ -96,23 +154,29 @@ class Sheet:
         axes.set_title(title, parse_math=False)
         return axes
 
-    def bar(self, image: AxesImage, column: int, top: float, label: str) -> Colorbar:
-        """A horizontal colour bar in the footer below a panel that starts at `top`.
+    def bar(
+        self, image: AxesImage, column: int, top: Pixels, label: str, last: int | None = None
+    ) -> Colorbar:
+        """A colour bar in the footer below the panels from `column` to `last` that start at `top`.
 
-        It ends in an arrow where some patches lie above its last colour.
+        Without `last` it is that of one panel.
         """
-        width = max(self.panel[0], NARROWEST_BAR)
-        place = self.axes(column_left(column), top + TITLE + self.panel[1] + 10, width, 15.0)
-        drawn: np.ma.MaskedArray = np.ma.masked_invalid(np.ma.asarray(image.get_array()))
-        beyond = bool((drawn.compressed() > image.get_clim()[1]).any())
-        bar = self.figure.colorbar(
-            image, cax=place, orientation="horizontal", extend="max" if beyond else "neither"
-        )
-        bar.outline.set_visible(False)
+        left = column_left(column)
+        width = column_left(column if last is None else last) + self.panel[0] - left
+        below = top + TITLE + math.ceil(self.panel[1]) + 10
+        bar = self.bar_at(image, left, below, max(width, NARROWEST_BAR), label)
         bar.ax.locator_params(axis="x", nbins=5)
-        bar.ax.tick_params(length=4, pad=3)
-        bar.set_label(label, labelpad=3)
         return bar
+
+
+def _fraction(pixel: Pixels, whole: float) -> float:
+    """The share of a size that is this pixel, exactly where floating point allows it.
+
+    Else a picture could begin a last bit before its pixel, and be smoothed over its neighbours.
+    """
+    share = pixel / whole
+    near = (share, math.nextafter(share, -1), math.nextafter(share, 2))
+    return next((one for one in near if one * whole == pixel), share)
 
 
 def column_left(column: int) -> float:
@@ -120,13 +184,33 @@ def column_left(column: int) -> float:
     return MARGIN + column * (COLUMN + GAP)
 
 
-def panel_size(scene: Scene) -> tuple[float, float]:
+def panel_size(scene: Scene) -> tuple[Pixels, Pixels]:
     """Width and height in pixels of a panel of the picture's shape, within a column."""
-    width = min(COLUMN, TALLEST * scene.aspect)
-    return width, width / scene.aspect
+    return fitted(scene, COLUMN, TALLEST)
 
 
-def panel_rows(scene: Scene, footer: float = FOOTER) -> float:
+def fitted(scene: Scene, width: Pixels, height: Pixels) -> tuple[Pixels, Pixels]:
+    """The largest panel of about the picture's shape in which every patch is of whole pixels.
+
+    Else neighbouring patches would differ by a pixel, and edges of boxes and maps would blur. Very
+    many patches, of less than two pixels each, get the exact shape instead.
+
+    Args:
+      scene: the image.
+      width: largest width in pixels.
+      height: largest height in pixels.
+    """
+    high, wide = scene.extent
+    tall_over_wide = scene.patch_pixels[0] / scene.patch_pixels[1]
+    across = math.floor(min(width / wide, height / (high * tall_over_wide)))
+    down = round(across * tall_over_wide)
+    if min(across, down) >= 2:
+        return wide * across, high * down
+    exact = min(width, height * scene.aspect)
+    return exact, exact / scene.aspect
+
+
+def panel_rows(scene: Scene, footer: Pixels = FOOTER) -> Pixels:
     """Height of one row of panels with titles and a footer."""
     return TITLE + panel_size(scene)[1] + footer
 
@@ -150,7 +234,24 @@ def draw_picture(axes: Axes, scene: Scene, colored: bool = True, light: float = 
         return
     if light < 1:
         picture = (picture * np.float32(light)).astype(np.uint8)
-    axes.imshow(picture, extent=(0, wide, high, 0), aspect="auto", zorder=-2, label="picture")
+    axes.imshow(
+        picture,
+        extent=(0, wide, high, 0),
+        interpolation=interpolation(axes, picture),
+        aspect="auto",
+        zorder=-2,
+        label="picture",
+    )
+
+
+def interpolation(axes: Axes, picture: UInt8[np.ndarray, "y x 3"]) -> str:
+    """How to draw a photograph over whole axes: crisp where its pixels are of whole pixels.
+
+    Matplotlib's own choice depends on the last bits of where the axes lie.
+    """
+    zoom = axes.get_window_extent().width / picture.shape[1]
+    crisp = zoom > 3 or (zoom > 0.5 and abs(zoom - round(zoom)) < 1e-6)
+    return "nearest" if crisp else "hanning"
 
 
 def draw_map(

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib import font_manager
 
 _P = ParamSpec("_P")
@@ -28,6 +29,8 @@ MUTED = "#5b6570"
 FAINT = "#d5dae0"
 MISSING = "#c3c9d0"
 HIGHLIGHT = "#00e5ff"
+#: Of what indicators are compared with. None of them has a colour like it.
+CONTROL = "#6b7280"
 
 #: Matplotlib settings inside `styled` functions. Sizes are points: 13 are readable at half size.
 RC: Any = {
@@ -93,6 +96,7 @@ COLORMAPS: dict[str, str] = {
     "area": "cividis",
     "coverage": "cividis",
     "order": "viridis",
+    "share": "Blues",
     "signed": "PuOr_r",
 }
 
@@ -104,7 +108,7 @@ UNITS: dict[str, str] = {
     "coverage": "share of the windows",
     "entropy": "share of log P",
     "interaction": "share of the row",
-    "order": "place in the order of removal",
+    "order": "place in the order of removal (1 goes first)",
 }
 
 #: Colours of up to nine ellipses on one dark picture, told apart by hue and lightness.
@@ -128,6 +132,11 @@ def styled(draw: Callable[_P, _R]) -> Callable[_P, _R]:
 def indicator_style(name: str) -> IndicatorStyle:
     """The style of an indicator; one that is not of the seven gets its own name and dark ink."""
     return INDICATORS.get(name, IndicatorStyle(name.replace("_", " "), INK, "indicator"))
+
+
+def percent(share: float | np.floating, digits: int = 0) -> str:
+    """A share as text, such as `25 %`."""
+    return f"{100 * share:.{digits}f} %"
 
 
 @functools.cache

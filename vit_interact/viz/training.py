@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,11 +12,46 @@ from matplotlib.figure import Figure
 
 from vit_interact.layout import TokenLayout
 from vit_interact.viz.fields import draw_arrows, full_length
-from vit_interact.viz.style import shorten, styled
+from vit_interact.viz.sheet import GAP, MARGIN, Canvas
+from vit_interact.viz.style import COLORMAPS, INK, MUTED, percent, shorten, styled
+from vit_interact.viz.wheel import draw_wheel
 
-_TRAIN, _VAL = "#4D4D4D", "#D55E00"
-# Okabe and Ito (2008).
-_ARMS = ("#4D4D4D", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
+# Pixels.
+_TOP = 92
+_WHEEL = 96
+
+_TRAIN, _VAL = INK, "#D55E00"
+
+
+class Arm(NamedTuple):
+    """How one arm of a comparison is named and drawn in every figure.
+
+    Attributes:
+      label: in words.
+      color: from Okabe and Ito (2008); alike for arms of one kind.
+      dashes: tell arms of one kind apart.
+    """
+
+    label: str
+    color: str
+    dashes: Any = "-"
+
+
+_DASHED, _DOTTED = (0, (4, 2)), (0, (1, 1.5))
+
+#: Arms of `tools/compare_windows.py`.
+ARMS = {
+    "vit": Arm("ViT", INK),
+    "local": Arm("local windows", "#56B4E9"),
+    "shifted": Arm("shifted windows", "#56B4E9", _DASHED),
+    "random": Arm("random windows", "#56B4E9", _DOTTED),
+    "offset": Arm("windows of a survey", "#009E73"),
+    "teacher": Arm("windows of a teacher", "#009E73", _DASHED),
+    "free": Arm("WinfT, not guided", "#D55E00", _DOTTED),
+    "winft": Arm("WinfT", "#D55E00"),
+    "taught": Arm("WinfT, guided by a teacher", "#D55E00", _DASHED),
+}
+_OTHERS = ("#E69F00", "#CC79A7", "#0072B2")
 
 
 @styled
@@ -25,18 +61,24 @@ def draw_curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
     Args:
       lines: of `metrics.jsonl`, each with `step` and figures such as `train/loss`.
     """
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
     loss, accuracy, rate = figure.subplots(1, 3)
-    for axes, name, unit in ((loss, "loss", "loss (nats)"), (accuracy, "accuracy", "top-1")):
+    for axes, name, unit in (
+        (loss, "loss", "loss (nats)"),
+        (accuracy, "accuracy", "top-1 (share of images)"),
+    ):
         _line(axes, lines, f"train/{name}", "training, as augmented", _TRAIN)
-        _line(axes, lines, f"val/{name}", "validation", _VAL, marker="o", markersize=3)
+        _line(axes, lines, f"val/{name}", "validation", _VAL, marker="o", markersize=4)
         axes.set(xlabel="step", ylabel=unit)
-    if accuracy.lines:
-        accuracy.legend(loc="best")
+    handles, labels = loss.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside upper left", ncols=2)
     accuracy.set_ylim(0, 1)
     _line(rate, lines, "train/rate", "", _TRAIN)
     rate.set(xlabel="step", ylabel="learning rate")
     rate.set_ylim(bottom=0)
+    for axes in (loss, accuracy, rate):
+        axes.grid(visible=True, alpha=0.3)
     return figure
 
 
@@ -59,20 +101,26 @@ def draw_confusion(figures: Mapping[str, Any], names: Sequence[str]) -> Figure:
     confusion = np.asarray(figures["confusion"])
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     count = len(names)
-    side = float(np.clip(2 + 0.16 * count, 5, 15))
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
-    axes = figure.subplots()
-    drawn = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
-    axes.set(xlabel="predicted class", ylabel="class")
-    axes.set_title(f"top-1 {figures['accuracy']:.1%} of {figures['examples']:,} images", loc="left")
-    # Of names that would overlap, an even choice is shown.
-    ticks = np.arange(0, count, -(-count // 110))
+    # Names that would overlap or be too small to read: an even choice is shown.
+    ticks = np.arange(0, count, -(-count // 56))
     shown = [shorten(names[i], 24) for i in ticks.tolist()]
-    size = float(np.clip(500 / len(ticks), 5, 9))
-    axes.set_xticks(ticks, shown, rotation=90, fontsize=size)
-    axes.set_yticks(ticks, shown, fontsize=size)
-    figure.colorbar(drawn, label="share of the class", shrink=0.7)
-    return figure
+    cell = max(min(40, 1340 // count), 1)
+    words = 60 + 9 * max(map(len, shown))
+    side = max(cell * count, 240)
+    canvas = Canvas(words + side + 170, 50 + side + words)
+    axes = canvas.axes(words, 50, side, side)
+    drawn = axes.imshow(
+        shares, vmin=0, vmax=1, cmap=COLORMAPS["share"], interpolation="nearest", aspect="auto"
+    )
+    axes.set(xlabel="predicted class", ylabel="class")
+    axes.set_title(
+        f"top-1 {percent(figures['accuracy'], 1)} of {figures['examples']:,} images", loc="left"
+    )
+    axes.set_xticks(ticks, shown, rotation=90, fontsize=11)
+    axes.set_yticks(ticks, shown, fontsize=11)
+    bar = canvas.axes(words + side + 24, 50, 18, min(side, 500))
+    canvas.figure.colorbar(drawn, cax=bar, label="share of the class")
+    return canvas.figure
 
 
 @styled
@@ -87,20 +135,36 @@ def draw_tendency(picture: np.ndarray, arrows: np.ndarray, layout: TokenLayout) 
     depth, rows, cols = len(arrows), layout.rows, layout.cols
     height, width = picture.shape[:2]
     layers = sorted({0, depth // 2, depth - 1})
-    figure = Figure(figsize=(3.6 * len(layers) + 0.4, 4.1), layout="constrained")
-    panels = figure.subplots(1, len(layers), squeeze=False)[0]
-    for axes, layer in zip(panels, layers, strict=True):
-        axes.imshow(picture // 2 + 128)
-        full = full_length(arrows[layer])
-        _, shrink = draw_arrows(
-            axes, arrows[layer], rows, cols, full, stride=-(-max(rows, cols) // 20),
-            unit=(height / rows, width / cols),
-        )  # fmt: skip
-        axes.set_title(f"layer {layer}: arrows x {shrink:.2g}")
-        axes.set_xlabel(f"full colour from {full:.2g} patches")
-        axes.set(xticks=[], yticks=[])
-    figure.suptitle("Tendency of each patch's field")
-    return figure
+    cell = max(round(360 / cols), 2)
+    wide, high = cell * cols, max(round(cell * height / width * cols / rows), 2) * rows
+    canvas = Canvas(
+        2 * MARGIN + max(len(layers) * (wide + GAP), 620) - GAP, _TOP + high + _WHEEL + GAP
+    )
+    canvas.text(MARGIN, 18, "Tendency of each patch's field", fontsize=17, fontweight="bold")
+    # One scale for all layers, so that they can be compared.
+    full = full_length(arrows[layers])
+    luma = picture @ np.array([0.299, 0.587, 0.114], np.float32)
+    stride = -(-max(rows, cols) // 20)
+    shrink = 1.0
+    for place, layer in enumerate(layers):
+        axes = canvas.axes(MARGIN + place * (wide + GAP), _TOP, wide, high)
+        # Dark and without colours: short arrows are nearly white.
+        axes.imshow(0.45 * luma, cmap="gray", vmin=0, vmax=255, aspect="auto",
+                    extent=(0, cols, rows, 0), label="picture")  # fmt: skip
+        _, shrink = draw_arrows(axes, arrows[layer], rows, cols, full, stride)
+        axes.set(xlim=(0, cols), ylim=(rows, 0), label=f"layer {layer}")
+        axes.set_title(f"layer {layer}")
+        axes.set_axis_off()
+    below = _TOP + high + GAP / 2
+    draw_wheel(canvas.axes(MARGIN, below, _WHEEL, _WHEEL), full)
+    every = f"one arrow for {stride} x {stride} patches" if stride > 1 else "one arrow a patch"
+    canvas.text(
+        MARGIN + _WHEEL + 18, below + 8,
+        f"hue: direction, saturation: length, full at {full:.2g} patches\n"
+        f"{every}, lengths drawn x {shrink:.2g}",
+        color=MUTED, fontsize=12.5, linespacing=1.5,
+    )  # fmt: skip
+    return canvas.figure
 
 
 @styled
@@ -110,19 +174,26 @@ def draw_arms(arms: Mapping[str, Sequence[Sequence[tuple[float, float]]]]) -> Fi
     Args:
       arms: by name, each run as pairs of (epoch, accuracy); runs of an arm have the same epochs.
     """
-    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    figure = Figure(figsize=(9.5, 5), layout="constrained")
     axes = figure.subplots()
-    for index, (name, runs) in enumerate(arms.items()):
-        color, style = _ARMS[index % len(_ARMS)], "-" if index < len(_ARMS) else "--"
+    others = itertools.cycle(_OTHERS)
+    for name, runs in arms.items():
+        arm = ARMS[name] if name in ARMS else Arm(name, next(others))
+        how: Any = {"color": arm.color, "linestyle": arm.dashes}
         epochs = [epoch for epoch, _ in runs[0]]
         values = np.array([[value for _, value in run] for run in runs])
-        last = f"{values[:, -1].mean():.1%}".replace("%", " %")
-        label = f"{name}: {last} ({len(runs)} run{'s' if len(runs) > 1 else ''})"
-        axes.plot(epochs, values.mean(axis=0), style, color=color, label=label, linewidth=2.2)
+        last = percent(values[:, -1].mean(), 1)
+        label = f"{arm.label}: {last} ({len(runs)} run{'s' if len(runs) > 1 else ''})"
+        axes.plot(epochs, values.mean(axis=0), **how, label=label, linewidth=2.4)
         if len(runs) > 1:
-            axes.plot(epochs, values.T, style, color=color, linewidth=0.7, alpha=0.6)
-    axes.set(xlabel="epoch", ylabel="held-out top-1")
-    axes.legend(loc="lower right")
+            axes.plot(epochs, values.T, **how, linewidth=0.7, alpha=0.6)
+    axes.set(xlabel="epoch", ylabel="held-out top-1 (share of images)")
+    axes.grid(visible=True, alpha=0.3)
+    # Best first, as the lines end.
+    handles, labels = axes.get_legend_handles_labels()
+    ends = [-np.mean([run[-1][1] for run in runs]) for runs in arms.values()]
+    order = np.argsort(ends, kind="stable")
+    axes.legend([handles[k] for k in order], [labels[k] for k in order], loc="lower right")
     if any(len(runs) > 1 for runs in arms.values()):
         axes.set_title("Thick: mean of the runs; thin: each run")
     return figure

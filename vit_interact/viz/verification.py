@@ -6,26 +6,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from vit_interact.viz.style import indicator_style, styled
+from vit_interact.viz.png import FLAT, save
+from vit_interact.viz.style import CONTROL, MUTED, indicator_style, percent, styled
 
 Row = dict[str, Any]
 
-# Label, colour, dashes, and the orders of removal that it is the control of. Dashes tell controls
-# from indicators, so that their colours may be few.
+_DASH_DOT = (0, (5, 1.5, 1, 1.5))
+# Label, colour, dashes, and the orders of removal that it is the control of. All are grey, which no
+# indicator is; dashes and markers tell them apart.
 CONTROLS: dict[str, tuple[str, str, Any, tuple[str, ...]]] = {
-    "centred": ("centred box", "#4D4D4D", (0, (4, 2)), ()),
-    "random": ("random place", "#4D4D4D", (0, (1, 1.5)), ()),
-    "lowest": ("least impact", "#A65628", (0, (4, 2)), ()),
-    "grid": ("fixed grid", "#A65628", (0, (1, 1.5)), ()),
-    "class_attention": ("class token, all layers", "#4D4D4D", (0, (4, 2)), ("lowest",)),
-    "class_attention_last": ("class token, last layer", "#A65628", (0, (4, 2)), ("lowest",)),
-    "class_attention_staged": ("class token, all layers", "#4D4D4D", (0, (4, 2)), ("staged",)),
-    "random0": ("random order, 1 of 3", "#4D4D4D", (0, (1, 1.5)), ("lowest", "staged")),
+    "centred": ("centred box", CONTROL, (0, (4, 2)), ()),
+    "random": ("random place", CONTROL, (0, (1, 1.5)), ()),
+    "lowest": ("least impact", CONTROL, (0, (8, 2)), ()),
+    "grid": ("fixed grid", CONTROL, _DASH_DOT, ()),
+    "class_attention": ("class token, all layers", CONTROL, (0, (4, 2)), ("lowest",)),
+    "class_attention_last": ("class token, last layer", CONTROL, _DASH_DOT, ("lowest",)),
+    "class_attention_staged": ("class token, all layers", CONTROL, (0, (4, 2)), ("staged",)),
+    "random0": ("random order, 1 of 3", CONTROL, (0, (1, 1.5)), ("lowest", "staged")),
 }
+_MARKERS = {
+    "centred": "s", "random": "^", "lowest": "v", "grid": "D",
+    "class_attention": "s", "class_attention_last": "D", "class_attention_staged": "s",
+    "random0": "^",
+}  # fmt: skip
 
 
 def draw_verification(report: dict[str, Any], folder: Path) -> list[Path]:
@@ -46,8 +53,7 @@ def draw_verification(report: dict[str, Any], folder: Path) -> list[Path]:
     ):
         if rows:
             path = folder / name
-            draw(report).savefig(path, dpi=150)
-            written.append(path)
+            written.append(save(draw(report), path, FLAT))
     return written
 
 
@@ -93,7 +99,8 @@ def _compare(axis: Axes, rows: list[Row], names: list[str]) -> None:
     _curve(axis, _pick(rows, best, "layers", "indicator"), "area", style.label, style.color)
     for kind in dict.fromkeys(row["kind"] for row in rows if row["kind"] in CONTROLS):
         label, color, dashes, _ = CONTROLS[kind]
-        _curve(axis, _pick(rows, best, "layers", kind), "area", label, color, dashes)
+        own = _pick(rows, best, "layers", kind)
+        _curve(axis, own, "area", label, color, dashes, marker=_MARKERS[kind])
     axis.set_title("against boxes of the same area")
 
 
@@ -126,7 +133,8 @@ def draw_removal_curves(report: dict[str, Any]) -> Figure:
                 _curve(axis, curve, "removed", style.label, style.color)
             elif not of and name in CONTROLS and kind in CONTROLS[name][3]:
                 label, color, dashes, _ = CONTROLS[name]
-                _curve(axis, curve, "removed", label, color, dashes)
+                marker = _MARKERS[name]
+                _curve(axis, curve, "removed", label, color, dashes, marker=marker)
         when = "measured again on what is left" if kind == "staged" else "measured once"
         axis.set_title(f"{titles[how]}\n{when}")
         _finish(axis, report, "share of patches removed")
@@ -145,7 +153,7 @@ def draw_faithfulness(report: dict[str, Any]) -> Figure:
     """
     rows = sorted(report["faithfulness"], key=lambda row: row["rho"])
     names = [row["indicator"] for row in report["faithfulness"]]
-    figure = Figure(figsize=(16.5, 4.9), layout="constrained")
+    figure = Figure(figsize=(16.5, 5.2), layout=ConstrainedLayoutEngine(wspace=0.04))
     bars, masked, redrawn = figure.subplots(1, 3)
     for place, row in enumerate(rows):
         style, (low, high) = indicator_style(row["indicator"]), row["rho_95"]
@@ -158,8 +166,8 @@ def draw_faithfulness(report: dict[str, Any]) -> Figure:
     bars.set_yticks(range(len(rows)), [indicator_style(row["indicator"]).label for row in rows])
     bars.set_xlim(min(0.0, *(row["rho_95"][0] for row in rows)), 1.05)
     bars.set_ylim(-0.5, len(rows) - 0.3)
-    bars.set_title("edges really cut\n1: ranks them as the logit does")
-    bars.set_xlabel("Spearman's rho with |change of the logit|")
+    bars.set_title("edges really cut\n1: ranked as by the logit's change")
+    bars.set_xlabel("rank correlation (Spearman's rho)")
     for name in names:
         style = indicator_style(name)
         for kind, dashes in (("top", "-"), ("bottom", (0, (4, 2)))):
@@ -170,7 +178,8 @@ def draw_faithfulness(report: dict[str, Any]) -> Figure:
         x, y = [row["redrawn"] for row in curve], [row["rho_original"] for row in curve]
         redrawn.plot(x, y, color=style.color, marker="o", markersize=3, label=style.label)
     control = [r for r in report["groups"] if (r["indicator"], r["kind"]) == (names[0], "random")]
-    _curve(masked, control, "share", "random edges", "#4D4D4D", (0, (1, 1.5)), y="change")
+    how: Any = {"y": "change", "marker": "^"}
+    _curve(masked, control, "share", "random edges", CONTROL, (0, (1, 1.5)), **how)
     masked.set_title("groups masked\nsolid: strongest, dashed: weakest")
     masked.set_xlabel("share of patch-to-patch edges, each layer")
     masked.set_ylabel("change of the class's logit")
@@ -201,18 +210,18 @@ def _mean(rows: list[Row]) -> float:
 
 def _curve(
     axis: Axes, rows: list[Row], x: str, label: str | None, color: str, dashes: Any = "-",
-    y: str = "top1",
+    y: str = "top1", marker: str = "o",
 ) -> None:  # fmt: skip
     rows = sorted(rows, key=lambda row: row[x])
     xs, ys = [row[x] for row in rows], [row[y] for row in rows]
-    axis.plot(xs, ys, color=color, linestyle=dashes, marker="o", markersize=3, label=label)
+    size = 4 if marker == "o" else 6
+    axis.plot(xs, ys, color=color, linestyle=dashes, marker=marker, markersize=size, label=label)
     low, high = zip(*(row[f"{y}_95"] for row in rows), strict=True)
     axis.fill_between(xs, low, high, color=color, alpha=0.07, linewidth=0)
 
 
 def _finish(axis: Axes, report: dict[str, Any], xlabel: str) -> None:
-    edge = mpl.rcParams["axes.edgecolor"]
-    axis.axhline(report["base"]["top1"], color=edge, linewidth=0.8, zorder=0)
+    axis.axhline(report["base"]["top1"], color=MUTED, linewidth=1.2, zorder=1)
     axis.set_xlabel(xlabel)
     axis.set_ylim(0, 1.02)
     axis.grid(visible=True, alpha=0.3)
@@ -222,7 +231,7 @@ def _explain(figure: Figure, report: dict[str, Any]) -> None:
     """What the line at the top and the bands are, once for all panels."""
     base = report["base"]
     figure.suptitle(
-        f"top-1 of {base['images']} images; grey line: whole model, {100 * base['top1']:.1f} %; "
+        f"top-1 of {base['images']} images; line across: whole model, {percent(base['top1'], 1)}; "
         "bands: 95 % bootstrap intervals",
         fontsize="medium", ha="left", x=0.01,
     )  # fmt: skip

@@ -29,7 +29,7 @@ function niceTicks(low, high, about = 5) {
   return found;
 }
 
-const GREY = "#4D4D4D"; // of controls; on a dark page it would vanish
+const GREY = "#6b7280"; // of controls; on a dark page it would vanish
 
 function makeCurves({ xlabel, ylabel, lines: given }) {
   const lines = given.map((line) => (line.color === GREY ? { ...line, color: "currentColor" } : line));
