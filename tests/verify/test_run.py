@@ -94,14 +94,15 @@ def test_results(tmp_path, programs, examples):
     found = collect(parts, PLAN, programs.subject)
     assert found["base"]["images"] == 6
     rows = {(r["indicator"], r["variant"], r["kind"], r["coverage"]): r for r in found["windows"]}
-    assert len(rows) == 2 * 7 * 2
+    assert len(rows) == 2 * 12 * 2
     assert rows["rollout", "data", "indicator", 1.0]["top1"] == found["base"]["top1"]
     whole = rows["attention", "layers", "indicator", 1.0]
     assert whole["agreement"] == 1 and whole["area"] == 1 and whole["attention_flops"] == 1
     assert whole["top1"] == found["base"]["top1"]
-    for kind in ("centred", "random", "lowest"):
-        same = rows["attention", "layers", kind, 0.4]["area"]
-        np.testing.assert_allclose(same, rows["attention", "layers", "indicator", 0.4]["area"])
+    for variant in ("layers", "staged"):
+        for kind in ("centred", "random", "lowest"):
+            same = rows["attention", variant, kind, 0.4]["area"]
+            np.testing.assert_allclose(same, rows["attention", variant, "indicator", 0.4]["area"])
     orders = {row["order"] for row in found["removal_auc"]}
     assert {"attention/lowest", "rollout/highest", "random2", "class_attention"} <= orders
     assert {r["removed"] for r in found["removal"]} == {0.0, 0.5, 0.9}

@@ -50,8 +50,8 @@ def verify(
         float, typer.Option(help="Rows are raised to it before windows are made: see docs.")
     ] = 1.0,
     variants: Annotated[
-        str, typer.Option(help="Windows of each layer, one for all, or of the data: see docs.")
-    ] = "layers,shared,data",
+        str, typer.Option(help="Windows: layers, staged, shared, data; see docs.")
+    ] = "layers,staged,shared,data",
     controls: Annotated[
         str, typer.Option(help="Boxes to compare with: centred, random, lowest, grid; or none.")
     ] = "centred,random,lowest,grid",
@@ -143,11 +143,14 @@ def _report(report: dict[str, Any], out: Path) -> None:
         columns.sort(key=lambda name: (not name.endswith("indicator"), name))
         titles = {
             "layers/indicator": "its windows",
+            "staged/indicator": "measured again",
             "shared/indicator": "one for all layers",
             "data/indicator": "one for all images",
         }
         for name in columns:
-            table.add_column(titles.get(name, name.split("/")[1]), justify="right")
+            variant, kind = name.split("/")
+            again = " (again)" if variant == "staged" else ""
+            table.add_column(titles.get(name, kind + again), justify="right")
         for row in ranked:
             table.add_row(row["indicator"], *(f"{row[name]:.1%}" for name in columns))
         console.print(table)

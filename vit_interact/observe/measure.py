@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from vit_interact.interactions.indicators import INDICATORS, NEEDS, Captures, check_name, roll
 from vit_interact.models.attention import Attended, Taps, output_gradient
-from vit_interact.models.vit import Images, Keep, ViT
+from vit_interact.models.vit import Images, Keep, LayerMask, ViT
 from vit_interact.observe.probe import (
     Probed,
     Score,
@@ -35,6 +35,7 @@ def measure(
     score: Score = "predicted",
     layers: Sequence[int] | None = None,
     keep: Keep = None,
+    mask: LayerMask = None,
 ) -> dict[str, Float[Array, "L B N N"]]:
     """Measures the impact of every token on every other one, in one compiled call.
 
@@ -52,6 +53,7 @@ def measure(
         class number for each image `[B]`, or a function of logits `[B, classes]` giving `[B]`.
       layers: layer numbers, negative ones from the end; None is all.
       keep: patches that stay, as for our `ViT`; tokens are then the prefix and these.
+      mask: what may attend to what, as for our `ViT`: the model so restricted is measured.
 
     Returns:
       Name to `[L, B, N, N]`, entry `i, j` being the impact of token `j` on token `i`.
@@ -59,7 +61,7 @@ def measure(
     Raises:
       ValueError: for an unknown indicator, layer or score, or images that do not fit the model.
     """
-    return measure_with_logits(model, params, images, indicators, score, layers, keep)[1]
+    return measure_with_logits(model, params, images, indicators, score, layers, keep, mask)[1]
 
 
 def measure_with_logits(
@@ -70,6 +72,7 @@ def measure_with_logits(
     score: Score = "predicted",
     layers: Sequence[int] | None = None,
     keep: Keep = None,
+    mask: LayerMask = None,
 ) -> tuple[Float[Array, "B classes"], dict[str, Float[Array, "L B N N"]]]:
     """`measure`, and the logits of the same pass."""
     names = (indicators,) if isinstance(indicators, str) else tuple(indicators)
@@ -77,11 +80,10 @@ def measure_with_logits(
         check_name(name)
     chosen = choose_layers(model, params, images, layers)
     function, classes = make_score(score, images.shape[0])
-    if keep is not None:
-        if not isinstance(model, ViT):
-            raise ValueError("keep needs vit_interact's ViT, which can delete patches")
-        keep = jnp.asarray(keep)
-    logits, maps = _measure(model, params, images, classes, names, chosen, function, keep)
+    if not isinstance(model, ViT) and (keep is not None or mask is not None):
+        raise ValueError("keep and mask need vit_interact's ViT")
+    keep = None if keep is None else jnp.asarray(keep)
+    logits, maps = _measure(model, params, images, classes, names, chosen, function, keep, mask)
     return logits, {name: maps[name] for name in names}  # jit returns names in sorted order
 
 
@@ -95,6 +97,7 @@ def _measure(
     layers: tuple[int, ...],
     score: Callable[[Array], Array] | None,
     keep: Array | None,
+    mask: LayerMask,
 ) -> tuple[Array, dict[str, Array]]:
     backward = tuple(name for name in names if "output_grad" in NEEDS[name])
     forward = tuple(name for name in names if name not in backward)
@@ -112,7 +115,7 @@ def _measure(
         return dict.fromkeys(backward, shape)
 
     score = score or functools.partial(class_score, classes=classes)
-    probed = probe(model, params, images, taps, sinks, score, keep)
+    probed = probe(model, params, images, taps, sinks, score, keep, mask)
     positions = [below.index(layer) for layer in layers]
     maps = {}
     for name in names:

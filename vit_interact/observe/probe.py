@@ -55,6 +55,7 @@ def probe(
     sinks: Callable[[Any], Mapping[str, Any]],
     score: Callable[[Array], Array],
     keep: Array | None = None,
+    mask: Any = None,
 ) -> Probed:
     """Runs the model once (and once backward if `taps.reduce_grad` is set); traceable.
 
@@ -66,9 +67,10 @@ def probe(
       sinks: maps one layer's `Attended` shapes to the shapes that `taps.reduce_grad` returns.
       score: maps logits `[B, classes]` to a score for each image `[B]`.
       keep: patches that stay `[B, K]`, for our `ViT` only; None keeps all.
+      mask: True = attend, as our `ViT` takes it; None masks nothing.
     """
     if isinstance(model, ViT):
-        return _probe_ours(model, params, images, taps, sinks, score, keep)
+        return _probe_ours(model, params, images, taps, sinks, score, keep, mask)
     return _probe_foreign(model, params, images, taps, sinks, score)
 
 
@@ -154,7 +156,14 @@ def _backward(
 
 
 def _probe_ours(
-    model: ViT, params: Any, images: Array, taps: Taps, sinks: Any, score: Any, keep: Array | None
+    model: ViT,
+    params: Any,
+    images: Array,
+    taps: Taps,
+    sinks: Any,
+    score: Any,
+    keep: Array | None,
+    mask: Any,
 ) -> Probed:
     config = model.config
     tokens = config.layout.num_tokens if keep is None else config.prefix + keep.shape[1]
@@ -163,7 +172,7 @@ def _probe_ours(
 
     def run(sink_tree: Any) -> tuple[Array, Any]:
         variables = {"params": params, SINKS: sink_tree}
-        return model.apply(variables, images, keep=keep, mutable=["intermediates"])
+        return model.apply(variables, images, keep=keep, mask=mask, mutable=["intermediates"])
 
     def read(tree: Any, layer: int) -> Any:
         block = "encoderblock" if config.scan else f"encoderblock_{layer}"

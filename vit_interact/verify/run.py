@@ -87,8 +87,12 @@ class Plan:
         if test == "data":
             return float(len(self.coverages))
         if test == "windows":
-            own = (1 + len(self.controls)) * ("layers" in self.variants)
-            return _MEASURING + len(self.coverages) * (own + ("shared" in self.variants))
+            own = sum(variant in windows.CONTROLLED for variant in self.variants)
+            each = own * (1 + len(self.controls)) + ("shared" in self.variants)
+            measured = 1.0
+            if "staged" in self.variants:
+                measured += 1 + max(windows.stages_of(c)[0] for c in self.coverages)
+            return _MEASURING * measured + len(self.coverages) * each
         staged = "staged" in self.orders
         orders = len(self.orders)
         if name == "controls":
@@ -126,6 +130,8 @@ class Programs:
             raise ValueError("this model has no way to drop patches: leave out that intervention")
         if "removal" in plan.tests and "staged" in plan.orders and subject.measure_kept is None:
             raise ValueError("this model cannot be measured on some patches: leave out staged")
+        if "windows" in plan.tests and "staged" in plan.variants and subject.measure_inside is None:
+            raise ValueError("this model cannot be measured inside windows: leave out staged")
         if plan.batch_size % len(devices):
             raise ValueError(
                 f"batch size {plan.batch_size} does not divide over {len(devices)} devices"
@@ -145,10 +151,9 @@ class Programs:
             return subject.apply(params, self._normalize(pictures), None).argmax(-1)
 
         def make(params: Any, pictures: Array, numbers: Array, name: str) -> Any:
-            maps = subject.measure(params, self._normalize(pictures), (name,))[name]
-            return windows.make_windows(
-                maps, layout, plan.coverages, keys_of(numbers), name == "rollout",
-                plan.variants, plan.controls, plan.power,
+            return windows.measure_windows(
+                subject, params, self._normalize(pictures), name, plan.coverages,
+                keys_of(numbers), plan.variants, plan.controls, plan.power,
             )  # fmt: skip
 
         def restricted(params: Any, pictures: Array, boxes: Array) -> tuple[Array, Array]:

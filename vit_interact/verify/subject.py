@@ -13,6 +13,7 @@ from vit_interact.models.vit import ViT
 from vit_interact.observe.measure import measure
 
 MeasureKept = Callable[[Any, Array, Sequence[str], Array, Array], Mapping[str, Array]]
+MeasureInside = Callable[[Any, Array, Sequence[str], Sequence[Array], Array], Mapping[str, Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Subject:
       class_token: whether token 0 is a class token.
       measure_kept: `(params, images, indicators, keep, classes) -> name to [L, B, T + K, T + K]` on
         the patches `keep` alone, gradients being of the logits of `classes` `[B]`; None as `drop`.
+      measure_inside: `(params, images, indicators, masks, classes) -> name to [L, B, N, N]` under
+        the masks of `apply`, gradients as above; None when it cannot be measured so.
     """
 
     layout: TokenLayout
@@ -42,6 +45,7 @@ class Subject:
     reaching: tuple[int, ...] = ()
     class_token: bool = False
     measure_kept: MeasureKept | None = None
+    measure_inside: MeasureInside | None = None
 
     def __post_init__(self) -> None:
         if not self.reaching:
@@ -75,8 +79,13 @@ class Subject:
         ) -> Mapping[str, Array]:
             return measure(model, params, images, tuple(names), score=classes, keep=keep)
 
+        def measure_inside(
+            params: Any, images: Array, names: Sequence[str], masks: Sequence[Array], classes: Array
+        ) -> Mapping[str, Array]:
+            return measure(model, params, images, tuple(names), score=classes, mask=list(masks))
+
         last = config.depth - 1 if config.pool == "cls" and config.depth > 1 else config.depth
         return cls(
             config.layout, config.depth, apply, measured, drop, tuple(range(last)),
-            config.cls_token, measure_kept,
+            config.cls_token, measure_kept, measure_inside,
         )  # fmt: skip

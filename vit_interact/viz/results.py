@@ -14,7 +14,7 @@ import numpy as np
 
 from vit_interact.data.naming import visible
 from vit_interact.viz.style import CONTROL, indicator_style
-from vit_interact.viz.verification import CONTROLS
+from vit_interact.viz.verification import CONTROLS, VARIANTS
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -22,11 +22,6 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 Block = dict[str, Any]
 
-_VARIANTS = {
-    "layers": "windows of each layer",
-    "shared": "one window for all layers",
-    "data": "one mask for all images",
-}
 _HOW = {"drop": "tokens deleted", "mask": "keys hidden", "zero": "pixels grey"}
 _WHEN = {
     "lowest": "measured once",
@@ -69,7 +64,7 @@ def _windows(report: dict[str, Any]) -> list[Block]:
             label = known.label if kind == "indicator" else f"{known.label}: {_control(kind)[0]}"
             dash = None if kind == "indicator" else _control(kind)[2]
             lines.append(_line(some, "area", "top1", label, known.color, dash))
-        title = f"Top-1 inside windows: {_VARIANTS.get(variant, variant)}"
+        title = f"Top-1 inside windows: {VARIANTS.get(variant, variant)}"
         blocks.append(
             _curves(title, "mean window area (share of the grid)", "top-1 (share of images)", lines)
         )

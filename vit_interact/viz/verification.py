@@ -28,6 +28,13 @@ CONTROLS: dict[str, tuple[str, str, Any, tuple[str, ...]]] = {
     "class_attention_staged": ("class token, all layers", CONTROL, (0, (4, 2)), ("staged",)),
     "random0": ("random order, 1 of 3", CONTROL, (0, (1, 1.5)), ("lowest", "staged")),
 }
+# Variants of windows, in the order of panels.
+VARIANTS = {
+    "layers": "windows of each layer",
+    "staged": "windows measured again in windows",
+    "shared": "one window for all layers",
+    "data": "one mask for all images",
+}
 _MARKERS = {
     "centred": "s", "random": "^", "lowest": "v", "grid": "D",
     "class_attention": "s", "class_attention_last": "D", "class_attention_staged": "s",
@@ -66,23 +73,19 @@ def draw_windows_curves(report: dict[str, Any]) -> Figure:
     """
     rows = report["windows"]
     names = list(dict.fromkeys(row["indicator"] for row in rows))
-    titles = {
-        "layers": "windows of each layer",
-        "shared": "one window for all layers",
-        "data": "one mask for all images",
-    }
-    shown = [name for name in titles if any(row["variant"] == name for row in rows)]
-    compared = any(row["kind"] in CONTROLS for row in rows)
-    panels = len(shown) + compared
+    shown = [name for name in VARIANTS if any(row["variant"] == name for row in rows)]
+    controlled = {row["variant"] for row in rows if row["kind"] in CONTROLS}
+    compared = [name for name in shown if name in controlled]
+    panels = len(shown) + len(compared)
     figure = Figure(figsize=(0.5 + 4 * max(2, panels), 4.6), layout="constrained")
     axes: Sequence[Axes] = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
     for axis, variant in zip(axes, shown, strict=False):
         for name in names:
             style = indicator_style(name)
             _curve(axis, _pick(rows, name, variant, "indicator"), "area", style.label, style.color)
-        axis.set_title(titles[variant])
-    if compared:
-        _compare(axes[-1], rows, names)
+        axis.set_title(VARIANTS[variant])
+    for axis, variant in zip(axes[len(shown) :], compared, strict=True):
+        _compare(axis, [row for row in rows if row["variant"] == variant], names, variant)
     for axis in axes:
         _finish(axis, report, "mean area (share of the grid)")
         axis.set_xlim(left=0)
@@ -92,16 +95,16 @@ def draw_windows_curves(report: dict[str, Any]) -> Figure:
     return figure
 
 
-def _compare(axis: Axes, rows: list[Row], names: list[str]) -> None:
+def _compare(axis: Axes, rows: list[Row], names: list[str], variant: str) -> None:
     """The best indicator's windows against controls of the same area."""
-    best = max(names, key=lambda name: _mean(_pick(rows, name, "layers", "indicator")))
+    best = max(names, key=lambda name: _mean(_pick(rows, name, variant, "indicator")))
     style = indicator_style(best)
-    _curve(axis, _pick(rows, best, "layers", "indicator"), "area", style.label, style.color)
+    _curve(axis, _pick(rows, best, variant, "indicator"), "area", style.label, style.color)
     for kind in dict.fromkeys(row["kind"] for row in rows if row["kind"] in CONTROLS):
         label, color, dashes, _ = CONTROLS[kind]
-        own = _pick(rows, best, "layers", kind)
+        own = _pick(rows, best, variant, kind)
         _curve(axis, own, "area", label, color, dashes, marker=_MARKERS[kind])
-    axis.set_title("against boxes of the same area")
+    axis.set_title(f"{VARIANTS[variant]}\nagainst boxes of the same area")
 
 
 @styled
