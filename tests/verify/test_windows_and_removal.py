@@ -52,28 +52,28 @@ def test_windows_are_those_of_the_definitions(setting):
 
 
 def test_stages_by_hand():
-    assert windows.STAGE == 0.7
+    assert windows.STAGE == 0.8
     assert windows.stages_of(1.0) == (0, 1.0)
+    assert windows.stages_of(0.9) == (0, 0.9)
     assert windows.stages_of(0.8) == (0, 0.8)
-    assert windows.stages_of(0.7) == (0, 0.7)
-    whole, rest = windows.stages_of(0.5)  # 0.7 of 0.714
-    assert whole == 1 and math.isclose(rest, 0.5 / 0.7)
-    whole, rest = windows.stages_of(0.7**3)
-    assert whole == 2 and math.isclose(rest, 0.7)
+    whole, rest = windows.stages_of(0.75)  # 0.8 of 0.9375
+    assert whole == 1 and math.isclose(rest, 0.9375)
+    whole, rest = windows.stages_of(0.8**3)
+    assert whole == 2 and math.isclose(rest, 0.8)
 
 
 @pytest.mark.parametrize("name", ["attention", "gradient"])
 def test_staged_windows_are_measured_again_inside(setting, name):
     """One stage after the other, by hand, outside of `scan` and without sharing a search."""
     subject, params, images, _ = setting
-    model, layout, coverages = tiny()[0], subject.layout, (0.9, 0.3)
+    model, layout, coverages = tiny()[0], subject.layout, (0.9, 0.5)
     made = windows.staged_windows(subject, params, images, name, coverages)
     classes = subject.apply(params, images, None).argmax(-1)
     for coverage, found in zip(coverages, made, strict=True):
         whole, rest = windows.stages_of(coverage)
         assert whole == (0 if coverage == 0.9 else 3)
         inside = np.tile(np.array([0, 0, 3, 4]), (*found.shape[:-1], 1))
-        for share in (*[0.7] * whole, rest):
+        for share in (*[0.8] * whole, rest):
             mask = [vx.window_mask(layer, layout) for layer in inside]
             maps = vi.measure(model, params, images, (name,), score=classes, mask=mask)[name]
             boxes = vx.smallest_windows(vx.patch_view(maps, layout), layout, share)

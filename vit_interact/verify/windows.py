@@ -26,7 +26,7 @@ VARIANTS = ("layers", "staged", "shared", "data")
 # Variants that are compared with boxes of the same area.
 CONTROLLED = VARIANTS[:2]
 # Staged windows hold this share of what is measured inside those of the stage before.
-STAGE = 0.7
+STAGE = 0.8
 
 
 def measure_windows(
