@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,10 @@ def control_orders(
 
 
 def staged_order(
-    impact: Callable[[Int[Array, "B K"]], Float[Array, "B K"]], batch: int, patches: int
+    impact: Callable[[Int[Array, "B K"]], Float[Array, "B K"]],
+    batch: int,
+    patches: int,
+    sizes: Sequence[int] | None = None,
 ) -> Int[Array, "B P"]:
     """Order of removal by an impact that is measured again, several times, on what is left.
 
@@ -84,13 +87,14 @@ def staged_order(
       impact: maps the numbers of the patches that are there to the impact of each.
       batch: images.
       patches: of the whole grid.
+      sizes: how many patches are there at each measurement, all of them first; None: `stage_sizes`.
 
     Returns:
       Least impact first; what a later measurement sees goes after all that it does not see.
     """
     place = jnp.zeros((batch, patches), jnp.int32)
     update = jax.vmap(lambda one, where, value: one.at[where].set(value))
-    for left in stage_sizes(patches):
+    for left in sizes or stage_sizes(patches):
         keep = kept_patches(jnp.argsort(place, axis=-1), left)
         rank = jnp.argsort(removal_order(impact(keep)), axis=-1).astype(jnp.int32)
         place = update(place, keep, patches - left + rank)
@@ -107,7 +111,11 @@ def stage_sizes(patches: int) -> list[int]:
 
 
 def staged_by_indicator(
-    subject: Subject, params: object, images: Array, name: str
+    subject: Subject,
+    params: object,
+    images: Array,
+    name: str,
+    sizes: Sequence[int] | None = None,
 ) -> Int[Array, "B P"]:
     """`staged_order` by received impact without rows of prefix tokens, of the mean over layers.
 
@@ -118,7 +126,7 @@ def staged_by_indicator(
         together = maps[-1] if name == "rollout" else combine_layers(maps, layout)
         return received_impact(together, layout, include_prefix=False)
 
-    return _staged(subject, params, images, name, impact)
+    return _staged(subject, params, images, name, impact, sizes)
 
 
 def staged_by_class_attention(subject: Subject, params: object, images: Array) -> Int[Array, "B P"]:
@@ -131,7 +139,12 @@ def staged_by_class_attention(subject: Subject, params: object, images: Array) -
 
 
 def _staged(
-    subject: Subject, params: object, images: Array, name: str, impact: Callable[..., Array]
+    subject: Subject,
+    params: object,
+    images: Array,
+    name: str,
+    impact: Callable[..., Array],
+    sizes: Sequence[int] | None = None,
 ) -> Int[Array, "B P"]:
     assert subject.measure_kept is not None
     measure_kept, prefix = subject.measure_kept, subject.layout.prefix
@@ -141,7 +154,7 @@ def _staged(
         maps = measure_kept(params, images, (name,), keep, classes)[name]
         return impact(maps, TokenLayout(rows=1, cols=keep.shape[1], prefix=prefix))
 
-    return staged_order(measured, len(images), subject.layout.num_patches)
+    return staged_order(measured, len(images), subject.layout.num_patches, sizes)
 
 
 def patches_left(share: float, layout: TokenLayout) -> int:
