@@ -96,11 +96,17 @@ def draw_windows_curves(report: dict[str, Any]) -> Figure:
 
 
 def _compare(axis: Axes, rows: list[Row], names: list[str], variant: str) -> None:
-    """The best indicator's windows against controls of the same area."""
-    best = max(names, key=lambda name: _mean(_pick(rows, name, variant, "indicator")))
+    """The windows that lead most, on average, against controls of the same area."""
+    kinds = [kind for kind in CONTROLS if any(row["kind"] == kind for row in rows)]
+
+    def lead(name: str) -> float:
+        controls = max(_mean(_pick(rows, name, variant, kind)) for kind in kinds)
+        return _mean(_pick(rows, name, variant, "indicator")) - controls
+
+    best = max(names, key=lead)
     style = indicator_style(best)
     _curve(axis, _pick(rows, best, variant, "indicator"), "area", style.label, style.color)
-    for kind in dict.fromkeys(row["kind"] for row in rows if row["kind"] in CONTROLS):
+    for kind in kinds:
         label, color, dashes, _ = CONTROLS[kind]
         own = _pick(rows, best, variant, kind)
         _curve(axis, own, "area", label, color, dashes, marker=_MARKERS[kind])
