@@ -1,11 +1,13 @@
 """Trains every arm of the window comparison with several seeds, and makes its table.
 
 Each run is a run of `vit_interact.train` in a folder of its own: finished ones are kept, a killed
-one goes on. Runs that fail are listed and do not stop the others.
+one goes on. Runs that fail are listed and do not stop the others. A table made before, perhaps on
+another machine, can be gone on with: its runs are taken from it.
 
 Examples:
   python tools/compare_windows.py --data /data/cifar10 --out runs --arms vit,local,winft --seeds 0
   python tools/compare_windows.py --data /data/cifar10 --out runs --jobs 2
+  python tools/compare_windows.py --data /data/cifar10 --out more --known runs/table.json
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ def main() -> None:
     option("--arms", "of the comparison", default=",".join(ARMS))
     option("--seeds", "of each arm", type=_seeds, default="0,1,2")
     option("--jobs", "runs at a time, each on its own cores", type=_count, default=1)
+    parser.add_argument("--known", help="a table of the same config and settings", type=Path)
     parser.add_argument("--test", action="store_true", help="read the test split, at the very end")
     parser.add_argument("settings", nargs="*", help="further settings, such as epochs=3")
     arguments = parser.parse_args()
@@ -51,6 +54,10 @@ def main() -> None:
     seeds = arguments.seeds
     if not Path(arguments.config).is_file():
         parser.error(f"--config {arguments.config}: there is no such file")
+    try:
+        known = _known(arguments)
+    except ValueError as error:
+        parser.error(str(error))
     arguments.out.mkdir(parents=True, exist_ok=True)
 
     cores: queue.Queue[set[int]] = queue.Queue()
@@ -60,7 +67,8 @@ def main() -> None:
 
     # Teachers first: others wait for theirs.
     order = sorted(
-        ((arm, seed) for seed in seeds for arm in arms), key=lambda run: run[0] in TAUGHT
+        ((arm, seed) for seed in seeds for arm in arms if (arm, seed) not in known),
+        key=lambda run: run[0] in TAUGHT,
     )
     failed: dict[str, str] = {}
     done = 0
@@ -75,7 +83,7 @@ def main() -> None:
                 if error:
                     failed[f"{arm}_{seed}"] = error
                 print(f"{done}/{len(order)} {arm}_{seed}: {error or 'done'}", flush=True)
-    table = _table(arguments, arms, seeds, failed)
+    table = _table(arguments, arms, seeds, failed, known)
     (arguments.out / "table.json").write_text(json.dumps(table, indent=1) + "\n", "utf-8")
     _print(table)
     if table["arms"]:
@@ -94,6 +102,34 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected 1 or more")
     return int(text)
+
+
+def _known(arguments: Any) -> dict[tuple[str, int], dict[str, Any]]:
+    """Runs of an earlier table by arm and seed.
+
+    Raises:
+      ValueError: when it cannot be read, or its runs are of other settings.
+    """
+    path = arguments.known
+    if path is None:
+        return {}
+    try:
+        table = json.loads(path.read_text("utf-8"))
+        runs = {
+            (arm, int(seed)): run
+            for arm, row in table["arms"].items()
+            for seed, run in row["runs"].items()
+        }
+        made = table["config"], sorted(table["settings"])
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"--known {path}: is no table.json of this tool ({error!r})") from error
+    if made != (arguments.config, sorted(arguments.settings)):
+        raise ValueError(
+            f"--known {path} is of --config {made[0]} {' '.join(made[1])}: give the same settings"
+        )
+    if arguments.test and (unread := [run for run, row in runs.items() if row["test"] is None]):
+        raise ValueError(f"--known {path} has no test accuracy of {unread[0][0]}_{unread[0][1]}")
+    return runs
 
 
 def _run(arguments: Any, arm: str, seed: int, cores: queue.Queue[set[int]]) -> str:
@@ -142,22 +178,26 @@ def _call(command: list[str], folder: Path, cores: set[int]) -> str:
 
 
 def _table(
-    arguments: Any, arms: list[str], seeds: list[int], failed: dict[str, str]
+    arguments: Any,
+    arms: list[str],
+    seeds: list[int],
+    failed: dict[str, str],
+    known: dict[tuple[str, int], dict[str, Any]],
 ) -> dict[str, Any]:
     import jax
 
     rows = {}
     for arm in arms:
-        runs = {}
+        runs = {seed: run for (own, seed), run in known.items() if own == arm and seed in seeds}
         for seed in seeds:
-            folder = arguments.out / f"{arm}_{seed}"
-            if f"{arm}_{seed}" not in failed:
-                runs[seed] = _figures(folder)
+            if seed not in runs and f"{arm}_{seed}" not in failed:
+                runs[seed] = _figures(arguments.out / f"{arm}_{seed}")
         if runs:
             rows[arm] = {"runs": runs, **_pooled(list(runs.values()))}
     return {
         "command": " ".join(["python", *sys.argv]),
         "config": arguments.config,
+        "settings": arguments.settings,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores, "
         f"{arguments.jobs} runs at a time",
         "versions": {"python": platform.python_version(), "jax": jax.__version__},

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,16 @@ def test_runs_are_made_once_and_pooled(tmp_path):
     assert again.returncode == 0, again.stdout + again.stderr
     assert [run["val"] for run in table["arms"]["taught"]["runs"].values()] == values
     assert table["arms"]["vit"]["test"]["deviation"] is not None
+    # On another machine the table stands for its runs, if nothing else is asked of them.
+    (out / "table.json").rename(known := tmp_path / "known.json")
+    for folder in ("vit_0", "local_1"):
+        shutil.rmtree(out / folder)
+    other, table = compare("--known", str(known))
+    assert other.returncode == 0, other.stdout + other.stderr
+    assert [run["val"] for run in table["arms"]["taught"]["runs"].values()] == values
+    assert not (out / "vit_0").exists() and not (out / "local_1").exists()
+    refused, _ = compare("--known", str(known), "epochs=3")
+    assert refused.returncode == 2 and "give the same settings" in refused.stderr
     # A run that cannot be is told, and the others stay.
     broken, table = compare("winft.size=(0,0)")
     assert broken.returncode == 1 and "at least 1x1" in table["failed"]["local_0"]
