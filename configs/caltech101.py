@@ -23,7 +23,7 @@ def get_config(pixels: str = "224") -> ConfigDict:
     config = common.base()
     first = pixels == "112"
     config.batch_size = 32
-    config.epochs = 6.0 if first else 1.2
+    config.epochs = 5.0 if first else 1.2
     config.log_every = 10
 
     # Two recipes without colours and erasing knew 98 % of the training images by heart.
@@ -41,7 +41,7 @@ def get_config(pixels: str = "224") -> ConfigDict:
     config.optimizer.freeze = r"^(embedding|pos_embedding|cls|Transformer/encoderblock_[0-5]/)"
     config.optimizer.head_rate = 20.0 if first else 10.0
     config.optimizer.weight_decay = 0.05
-    config.schedule.rate = 1e-4 if first else 3e-5
+    config.schedule.rate = 1e-4 if first else 6e-5
     config.schedule.warmup = 0.2 if first else 0.1
     config.loss.smoothing = 0.1
     config.ema = 0.99
