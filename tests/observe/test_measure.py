@@ -304,6 +304,8 @@ def test_a_model_without_attention_fn_is_refused(foreign):
     _, params, images = foreign
     with pytest.raises(ValueError, match=r"attention_fn=vit_interact\.attention_fn"):
         vi.measure(Foreign(), params, images)
+    with pytest.raises(ValueError, match="block needs vit_interact's ViT"):
+        vi.measure(foreign[0], params, images, block=3)
     with pytest.raises(ValueError, match="inside a linen module"):
         vi.attention_fn(*jnp.ones((3, 1, 4, 2, 8)))
 
