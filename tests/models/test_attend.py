@@ -154,7 +154,9 @@ def test_no_weights_of_a_whole_layer_are_held():
 
     def measure(q, k, v, w):
         return attend_in_blocks(
-            (q, k, v, None, None, w), blocks, lambda a: {"x": vx.leave_one_out(a.weights, a.values, w)}
+            (q, k, v, None, None, w),
+            blocks,
+            lambda a: {"x": vx.leave_one_out(a.weights, a.values, w)},
         )
 
     def derivative(q, k, v, w):

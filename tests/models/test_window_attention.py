@@ -44,7 +44,6 @@ def masked(q, k, v, windows, layout):
     return explicit_attention(q, k, v, None, mask).output
 
 
-@pytest.mark.parametrize("order", ["tiles", "hilbert"])
 @pytest.mark.parametrize(
     ("layout", "reach"),
     [
@@ -55,11 +54,11 @@ def masked(q, k, v, windows, layout):
         (TokenLayout(3, 2, 1), 1),  # less than a block; each patch alone
     ],
 )
-def test_equals_a_mask_with_its_derivatives(order, layout, reach):
+def test_equals_a_mask_with_its_derivatives(layout, reach):
     q, k, v, g = inputs(layout)
     windows = boxes(layout, reach)
 
-    sparse = lambda q, k, v: window_attention(q, k, v, windows, layout, order)  # noqa: E731
+    sparse = lambda q, k, v: window_attention(q, k, v, windows, layout)  # noqa: E731
     dense = lambda q, k, v: masked(q, k, v, windows, layout)  # noqa: E731
     found, of_found = jax.jit(lambda *a: _both(sparse, g, *a))(q, k, v)
     expected, of_expected = jax.jit(lambda *a: _both(dense, g, *a))(q, k, v)
@@ -97,10 +96,9 @@ def test_bf16_and_windows_that_hold_nothing():
     close(half.astype(jnp.float32), found, 0.03)
 
 
-@pytest.mark.parametrize("order", ["tiles", "hilbert"])
 @pytest.mark.parametrize("layout", [TokenLayout(8, 8), TokenLayout(37, 37), TokenLayout(5, 70)])
-def test_blocks_hold_each_patch_once(order, layout):
-    blocks = patch_blocks(layout, order)
+def test_blocks_hold_each_patch_once(layout):
+    blocks = patch_blocks(layout)
     patches = blocks.patches[blocks.real]
     assert sorted(patches) == list(range(layout.num_patches))
     for number, (top, left, bottom, right) in enumerate(blocks.box):
@@ -117,16 +115,16 @@ def test_neighbours_on_the_curve_are_neighbours_on_the_grid():
 
 
 def test_needed_blocks_by_hand():
-    layout = TokenLayout(16, 24, 1)  # 2x3 tiles of 8x8
+    layout = TokenLayout(16, 16, 1)  # four quarters of 8x8: down the left side, up the right one
     place = layout.positions()
     windows = np.concatenate([place, place + 1], axis=1)
-    np.testing.assert_array_equal(needed_blocks(windows, layout), np.eye(6, dtype=bool))
-    windows[0] = [0, 0, 1, 9]  # patch 0 sees one patch of the tile to the right
-    expected = np.eye(6, dtype=bool)
-    expected[0, 1] = True
+    np.testing.assert_array_equal(needed_blocks(windows, layout), np.eye(4, dtype=bool))
+    windows[0] = [0, 0, 1, 9]  # patch 0 sees one patch of the quarter to the right
+    expected = np.eye(4, dtype=bool)
+    expected[0, 3] = True
     np.testing.assert_array_equal(needed_blocks(windows, layout), expected)
-    # A step of four tiles for each of six, and the prefix token as query and as key.
-    share = (6 * 4 * 64**2 + 385 + 384) / 385**2
+    # A step of two blocks for each of four, and the prefix token as query and as key.
+    share = (4 * 2 * 64**2 + 257 + 256) / 257**2
     np.testing.assert_allclose(computed_share(windows, layout), share, rtol=1e-6)
 
 

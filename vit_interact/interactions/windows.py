@@ -256,9 +256,7 @@ def _windows_of_maps(
     def chunk(index: Array) -> Array:
         # The last chunk starts early enough to be full: its first maps are done twice.
         of_chunk = lax.dynamic_slice_in_dim(maps, jnp.minimum(index * size, last), size)
-        search = partial(
-            _windows_of_map, cols=cols, layout=layout, coverages=coverages, axis=axis
-        )
+        search = partial(_windows_of_map, cols=cols, layout=layout, coverages=coverages, axis=axis)
         return jax.vmap(search)(of_chunk)
 
     windows = lax.map(chunk, jnp.arange(chunks, dtype=jnp.int32))

@@ -269,7 +269,9 @@ def _join(
             joined[name] = sum(part.total.sum(axis=0) for part, _ in having)
             continue
         flat = [
-            jnp.moveaxis(part, 0, axis).reshape(*part.shape[1 : axis + 1], -1, *part.shape[axis + 2 :])
+            jnp.moveaxis(part, 0, axis).reshape(
+                *part.shape[1 : axis + 1], -1, *part.shape[axis + 2 :]
+            )
             for part, _ in having
         ]
         rows = flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=axis)

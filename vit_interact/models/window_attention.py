@@ -1,10 +1,10 @@
 """Attention within windows that skips the keys that no window of a block of queries reaches.
 
-Patches are put into compact blocks. A block of queries needs a block of keys when one of its
-windows reaches into it. For each block of queries the needed blocks are listed, and a loop of just
-as many steps goes through the list with a running softmax (Milakov & Gimelshein 2018; the order of
-FlashAttention), forward and backward. Lists have room for all blocks, so windows of any size and
-shape give the right result: large ones only save nothing.
+Patches are put into compact blocks, stretches of a Hilbert curve. A block of queries needs a block
+of keys when one of its windows reaches into it. For each block of queries the needed blocks are
+listed, and a loop of just as many steps goes through the list with a running softmax (Milakov &
+Gimelshein 2018, as in FlashAttention), forward and backward. Lists have room for all blocks, so
+windows of any size and shape give the right result: large ones only save nothing.
 
 This is for the CPU. Elsewhere a loop of small steps leaves the device idle, so there the windows
 become a mask of `jax.nn.dot_product_attention`.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,8 @@ from vit_interact.interactions.windows import window_mask
 from vit_interact.layout import TokenLayout
 from vit_interact.models.attend import explicit_attention, fused_attention
 
-Order = Literal["tiles", "hilbert"]
-
-_SIDE = 8  # of a tile in patches; a block of the curve has as many patches as a tile
-_SPAN = 4  # blocks of keys a step
+_SIZE = 64  # most patches in a block
+_SPAN = 2  # blocks of keys a step
 _LOWEST = -1e30  # below every logit, and far above the -3.4e38 of masked ones: exp gives 0
 
 
@@ -48,24 +46,17 @@ class PatchBlocks(NamedTuple):
 
 
 @functools.cache
-def patch_blocks(layout: TokenLayout, order: Order = "tiles") -> PatchBlocks:
-    """Cuts a grid into compact blocks of up to 64 patches.
+def patch_blocks(layout: TokenLayout) -> PatchBlocks:
+    """Cuts a grid of any size into compact blocks of up to 64 patches, as even as they can be.
 
-    Args:
-      layout: the grid; of any size.
-      order: rectangular tiles, all of one size but at the lower and right border; or stretches of a
-        Hilbert curve through the smallest square of a power of two that holds the grid.
+    They are stretches of a Hilbert curve through the smallest square of a power of two that holds
+    the grid. Rectangular tiles are the same blocks on a grid of 64x64, but on one of 37x37 their
+    filling at the border costs up to a third more products (docs/kernels.md).
     """
     row, col = layout.positions().T
-    if order == "tiles":
-        tiles = [math.ceil(n / _SIDE) for n in (layout.rows, layout.cols)]
-        high, wide = math.ceil(layout.rows / tiles[0]), math.ceil(layout.cols / tiles[1])
-        block = row // high * math.ceil(layout.cols / wide) + col // wide
-        size = high * wide
-    else:
-        place = np.argsort(np.argsort(hilbert(row, col), kind="stable"))
-        size = min(_SIDE**2, layout.num_patches)
-        block = place // size
+    place = np.argsort(np.argsort(hilbert(row, col)))
+    size = math.ceil(layout.num_patches / math.ceil(layout.num_patches / _SIZE))
+    block = place // size
     count = block.max() + 1
     patches, real = np.zeros((count, size), np.int32), np.zeros((count, size), bool)
     box = np.empty((count, 4), np.int32)
@@ -77,9 +68,7 @@ def patch_blocks(layout: TokenLayout, order: Order = "tiles") -> PatchBlocks:
     return PatchBlocks(patches, real, box)
 
 
-def hilbert(
-    row: Int[np.ndarray, " P"], col: Int[np.ndarray, " P"]
-) -> Int[np.ndarray, " P"]:
+def hilbert(row: Int[np.ndarray, " P"], col: Int[np.ndarray, " P"]) -> Int[np.ndarray, " P"]:
     """Places along the Hilbert curve through the smallest enclosing square of a power of two."""
     x, y = np.array(col, np.int64), np.array(row, np.int64)
     side = 1 << int(max(x.max(), y.max())).bit_length()
@@ -99,10 +88,9 @@ def hilbert(
 def needed_blocks(
     windows: Int[Array, "*batch P 4"] | Int[np.ndarray, "*batch P 4"],
     layout: TokenLayout,
-    order: Order = "tiles",
 ) -> Bool[Array, "*batch blocks blocks"]:
     """Which blocks of keys (last axis) the windows of each block of queries reach into."""
-    blocks = patch_blocks(layout, order)
+    blocks = patch_blocks(layout)
     top, left, bottom, right = jnp.moveaxis(jnp.asarray(windows), -1, 0)[..., None]
     first_row, first_col, last_row, last_col = blocks.box.T
     reached = (top < last_row) & (first_row < bottom) & (left < last_col) & (first_col < right)
@@ -114,7 +102,6 @@ def needed_blocks(
 def computed_share(
     windows: Int[Array, "*batch P 4"] | Int[np.ndarray, "*batch P 4"],
     layout: TokenLayout,
-    order: Order = "tiles",
 ) -> Float[Array, "*batch"]:
     """Products of queries and keys that `window_attention` computes, over those of dense attention.
 
@@ -123,11 +110,10 @@ def computed_share(
     Args:
       windows: (top, left, bottom, right) of each query patch `[..., P, 4]`, exclusive at the end.
       layout: the grid of patches and the prefix tokens.
-      order: as for `window_attention`.
     """
-    blocks = patch_blocks(layout, order)
+    blocks = patch_blocks(layout)
     count, size = blocks.patches.shape
-    steps = -(-needed_blocks(windows, layout, order).sum(axis=-1) // _SPAN)
+    steps = -(-needed_blocks(windows, layout).sum(axis=-1) // _SPAN)
     patches = steps.sum(axis=-1) * _SPAN * size**2
     prefix = layout.prefix * (layout.num_tokens + count * size)
     return (patches + prefix) / layout.num_tokens**2
@@ -139,7 +125,6 @@ def window_attention(
     value: Float[Array, "*batch N H K"],
     windows: Int[Array, "*windows P 4"] | Int[np.ndarray, "*windows P 4"],
     layout: TokenLayout,
-    order: Order = "tiles",
 ) -> Float[Array, "*batch N H K"]:
     """Attention with `window_mask(windows)`, without the work on keys outside of all windows.
 
@@ -153,7 +138,6 @@ def window_attention(
       windows: (top, left, bottom, right) of each query patch, exclusive at the end: `[..., P, 4]`,
         or `[P, 4]` for all images. Each holds its own patch.
       layout: the grid of patches and the prefix tokens; these see and are seen by all.
-      order: how patches are put into blocks; see `patch_blocks`.
 
     Returns:
       Each head's output `[..., N, H, K]`.
@@ -171,7 +155,7 @@ def window_attention(
     images = [a.reshape(-1, *a.shape[len(batch) :]) for a in (query, key, value, windows)]
 
     def sparse(*images: Array) -> Array:
-        return lax.map(lambda one: _attend(layout, order, *one), images)
+        return lax.map(lambda one: _attend(layout, *one), images)
 
     def dense(query: Array, key: Array, value: Array, windows: Array) -> Array:
         mask = jnp.expand_dims(window_mask(windows, layout), -3)
@@ -188,15 +172,15 @@ class _Side(NamedTuple):
     blocks: Array  # [blocks, H, S, K]
 
 
-def _split(tokens: Float[Array, "N H K"], layout: TokenLayout, order: Order) -> _Side:
+def _split(tokens: Float[Array, "N H K"], layout: TokenLayout) -> _Side:
     prefix, patches = jnp.split(tokens, [layout.prefix])
-    by_block = patches[patch_blocks(layout, order).patches]
+    by_block = patches[patch_blocks(layout).patches]
     return _Side(jnp.swapaxes(prefix, 0, 1), jnp.swapaxes(by_block, 1, 2))
 
 
-def _unite(side: _Side, layout: TokenLayout, order: Order) -> Float[Array, "N H K"]:
+def _unite(side: _Side, layout: TokenLayout) -> Float[Array, "N H K"]:
     """The tokens of `_split`, in their order."""
-    blocks = patch_blocks(layout, order)
+    blocks = patch_blocks(layout)
     where = np.flatnonzero(blocks.real.reshape(-1))
     where = where[np.argsort(blocks.patches.reshape(-1)[where])]
     by_block = jnp.swapaxes(side.blocks, 1, 2)
@@ -210,17 +194,17 @@ class _Lists(NamedTuple):
     Attributes:
       windows: of the queries, `[blocks, S, 4]`.
       keys: needed blocks first `[blocks, room]`, filled up to whole steps.
-      count: how many are needed.
+      needed: how many of them are.
     """
 
     windows: Array
     keys: Array
-    count: Array
+    needed: Array
 
 
-def _lists(windows: Int[Array, "P 4"], layout: TokenLayout, order: Order) -> _Lists:
-    blocks = patch_blocks(layout, order)
-    needed = needed_blocks(windows, layout, order)
+def _lists(windows: Int[Array, "P 4"], layout: TokenLayout) -> _Lists:
+    blocks = patch_blocks(layout)
+    needed = needed_blocks(windows, layout)
     first = jnp.argsort(~needed, axis=-1, stable=True).astype(jnp.int32)
     room = -len(blocks.patches) % _SPAN
     return _Lists(
@@ -231,12 +215,12 @@ def _lists(windows: Int[Array, "P 4"], layout: TokenLayout, order: Order) -> _Li
 
 
 def _step_keys(
-    step: Array, lists: _Lists, layout: TokenLayout, order: Order
+    step: Array, lists: _Lists, layout: TokenLayout
 ) -> tuple[Array, Bool[Array, "S keys"]]:
     """Numbers of the blocks of keys of one step, and which keys each query may attend to."""
-    blocks = patch_blocks(layout, order)
+    blocks = patch_blocks(layout)
     numbers = lax.dynamic_slice_in_dim(lists.keys, step * _SPAN, _SPAN)
-    listed = step * _SPAN + np.arange(_SPAN) < lists.count
+    listed = step * _SPAN + np.arange(_SPAN) < lists.needed
     position = layout.positions()[blocks.patches]
     real = (jnp.asarray(blocks.real)[numbers] & listed[:, None]).reshape(-1)
     row, col = jnp.moveaxis(jnp.asarray(position)[numbers].reshape(-1, 2), -1, 0)
@@ -259,19 +243,19 @@ def _masked_logits(q: Array, k: Array, mask: Array | bool) -> Array:
     return jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    layout: TokenLayout, order: Order, query: Array, key: Array, value: Array, windows: Array
+    layout: TokenLayout, query: Array, key: Array, value: Array, windows: Array
 ) -> Float[Array, "N H K"]:
     """`window_attention` of one image."""
-    return _forward(layout, order, query, key, value, windows)[0]
+    return _forward(layout, query, key, value, windows)[0]
 
 
 def _forward(
-    layout: TokenLayout, order: Order, query: Array, key: Array, value: Array, windows: Array
+    layout: TokenLayout, query: Array, key: Array, value: Array, windows: Array
 ) -> tuple[Array, Array]:
     """The output, and the logarithm of the sum of exponentials of the patches `[blocks, H, S]`."""
-    q, k, v = (_split(tokens, layout, order) for tokens in (query, key, value))
+    q, k, v = (_split(tokens, layout) for tokens in (query, key, value))
 
     def of_block(arguments: tuple[Array, _Lists]) -> tuple[Array, Array]:
         queries, lists = arguments
@@ -290,40 +274,38 @@ def _forward(
             )
 
         def step(number: Array, state: tuple[Array, ...]) -> Any:
-            numbers, mask = _step_keys(number, lists, layout, order)
+            numbers, mask = _step_keys(number, lists, layout)
             return add(_picked(k.blocks, numbers), _picked(v.blocks, numbers), mask, state)
 
         output = jnp.zeros_like(queries, dtype=jnp.promote_types(queries.dtype, jnp.float32))
         state = (output[..., 0] + _LOWEST, output[..., 0], output)
         if layout.prefix:
             state = add(k.prefix, v.prefix, True, state)
-        steps = (lists.count + _SPAN - 1) // _SPAN
+        steps = (lists.needed + _SPAN - 1) // _SPAN
         largest, total, output = lax.fori_loop(0, steps, step, state)
         total = jnp.where(total > 0, total, 1)  # fillings may see nothing
         return (output / total[..., None]).astype(value.dtype), largest + jnp.log(total)
 
-    patches, log_total = lax.map(of_block, (q.blocks, _lists(windows, layout, order)))
+    patches, log_total = lax.map(of_block, (q.blocks, _lists(windows, layout)))
     prefix = jnp.swapaxes(explicit_attention(query[: layout.prefix], key, value).output, 0, 1)
-    return _unite(_Side(prefix, patches), layout, order), log_total
+    return _unite(_Side(prefix, patches), layout), log_total
 
 
 def _attend_fwd(
-    layout: TokenLayout, order: Order, query: Array, key: Array, value: Array, windows: Array
+    layout: TokenLayout, query: Array, key: Array, value: Array, windows: Array
 ) -> tuple[Array, tuple[Array, ...]]:
-    output, log_total = _forward(layout, order, query, key, value, windows)
+    output, log_total = _forward(layout, query, key, value, windows)
     return output, (query, key, value, windows, output, log_total)
 
 
-def _attend_bwd(
-    layout: TokenLayout, order: Order, kept: tuple[Array, ...], grad: Array
-) -> tuple[Any, ...]:
+def _attend_bwd(layout: TokenLayout, kept: tuple[Array, ...], grad: Array) -> tuple[Any, ...]:
     query, key, value, windows, output, log_total = kept
-    q, k, v, g = (_split(tokens, layout, order) for tokens in (query, key, value, grad))
+    q, k, v, g = (_split(tokens, layout) for tokens in (query, key, value, grad))
     wide = jnp.promote_types(query.dtype, jnp.float32)
     along = jnp.sum(output.astype(wide) * grad.astype(wide), axis=-1, keepdims=True)
-    along = _split(along, layout, order).blocks[..., 0]  # [blocks, H, S]
+    along = _split(along, layout).blocks[..., 0]  # [blocks, H, S]
     # Fillings are copies of patch 0: their gradients are none of its.
-    real = jnp.asarray(patch_blocks(layout, order).real)[:, None, :, None]
+    real = jnp.asarray(patch_blocks(layout).real)[:, None, :, None]
     g = g._replace(blocks=jnp.where(real, g.blocks, 0))
     along = jnp.where(real[..., 0], along, 0)
 
@@ -343,11 +325,13 @@ def _attend_bwd(
 
         def step(number: Array, state: Any) -> Any:
             of_query, of_keys, of_values = state
-            numbers, mask = _step_keys(number, lists, layout, order)
+            numbers, mask = _step_keys(number, lists, layout)
             keys, values = _picked(k.blocks, numbers), _picked(v.blocks, numbers)
             to_query, to_keys, to_values = through(keys, values, mask)
-            return of_query + to_query, _add(of_keys, numbers, to_keys), _add(
-                of_values, numbers, to_values
+            return (
+                of_query + to_query,
+                _add(of_keys, numbers, to_keys),
+                _add(of_values, numbers, to_values),
             )
 
         of_query = jnp.zeros_like(queries, dtype=wide)
@@ -356,7 +340,7 @@ def _attend_bwd(
             of_query, to_keys, to_values = through(k.prefix, v.prefix, True)
             of_keys = of_keys._replace(prefix=of_keys.prefix + to_keys)
             of_values = of_values._replace(prefix=of_values.prefix + to_values)
-        steps = (lists.count + _SPAN - 1) // _SPAN
+        steps = (lists.needed + _SPAN - 1) // _SPAN
         of_query, key_blocks, value_blocks = lax.fori_loop(
             0, steps, step, (of_query, of_keys.blocks, of_values.blocks)
         )
@@ -364,15 +348,15 @@ def _attend_bwd(
         return sides, of_query
 
     zeros = jax.tree.map(lambda array: jnp.zeros_like(array, dtype=wide), (k, v))
-    inputs = (q.blocks, g.blocks, log_total, along, _lists(windows, layout, order))
+    inputs = (q.blocks, g.blocks, log_total, along, _lists(windows, layout))
     (of_keys, of_values), of_queries = lax.scan(of_block, zeros, inputs)
 
     prefix = layout.prefix
     _, pull = jax.vjp(lambda *a: explicit_attention(*a).output, query[:prefix], key, value)
     by_prefix = pull(grad[:prefix])
     none = _Side(jnp.swapaxes(by_prefix[0], 0, 1).astype(wide), of_queries)
-    by_query = _unite(none, layout, order)
-    by_key, by_value = (_unite(side, layout, order) for side in (of_keys, of_values))
+    by_query = _unite(none, layout)
+    by_key, by_value = (_unite(side, layout) for side in (of_keys, of_values))
     return (
         by_query.astype(query.dtype),
         (by_key + by_prefix[1]).astype(key.dtype),

@@ -1,4 +1,4 @@
-"""How a layer of a probed model is reduced to received impact, windows and fields, block by block."""
+"""Reduces a probed layer to received impact, windows and responsive fields, block by block."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ class Reducing:
 
     def __call__(self, attended: Attended, *g: Array) -> dict[str, Any]:
         """The part of one block of whole columns, or of the prefix tokens."""
-        layout, found = self.fields.layout, {}
+        layout = self.fields.layout
+        found: dict[str, Any] = {}
         queries = attended.queries
         assert queries is not None
         for name, rows in self.indicators(attended, *g).items():

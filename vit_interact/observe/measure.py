@@ -167,7 +167,9 @@ def _blocks(model: Any, images: Any, keep: Any, block: int | None) -> QueryBlock
     return None if block >= tokens else QueryBlocks(block)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "names", "layers", "score", "blocks", "fields"))
+@functools.partial(
+    jax.jit, static_argnames=("model", "names", "layers", "score", "blocks", "fields")
+)
 def _measure(
     model: Any,
     params: Any,
@@ -184,6 +186,8 @@ def _measure(
     forward = tuple(name for name in names if name not in backward)
     # A rollout passes through every layer below the ones asked for.
     below = tuple(range(max(layers) + 1)) if "rollout" in names else layers
+    reduce: Any
+    reduce_grad: Any
     reduce, reduce_grad = (
         functools.partial(function, chosen) if chosen else None
         for function, chosen in ((reduce_forward, forward), (reduce_backward, backward))
