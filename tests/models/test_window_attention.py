@@ -47,10 +47,10 @@ def masked(q, k, v, windows, layout):
 @pytest.mark.parametrize(
     ("layout", "reach"),
     [
-        (TokenLayout(16, 16, 1), 4),  # whole blocks
-        (TokenLayout(19, 13, 5), 6),  # blocks that are not full
+        (TokenLayout(16, 16, 1), 3),  # whole blocks
+        (TokenLayout(19, 13, 5), 4),  # a block that is not full
         (TokenLayout(9, 25, 0), 3),  # no prefix token
-        (TokenLayout(17, 17, 1), 40),  # windows of the whole grid: nothing to skip
+        (TokenLayout(11, 11, 1), 40),  # windows of the whole grid: nothing to skip
         (TokenLayout(3, 2, 1), 1),  # less than a block; each patch alone
     ],
 )
@@ -115,16 +115,14 @@ def test_neighbours_on_the_curve_are_neighbours_on_the_grid():
 
 
 def test_needed_blocks_by_hand():
-    layout = TokenLayout(16, 16, 1)  # four quarters of 8x8: down the left side, up the right one
+    layout = TokenLayout(8, 8, 1)  # two blocks of 32 patches: the left half, then the right one
     place = layout.positions()
     windows = np.concatenate([place, place + 1], axis=1)
-    np.testing.assert_array_equal(needed_blocks(windows, layout), np.eye(4, dtype=bool))
-    windows[0] = [0, 0, 1, 9]  # patch 0 sees one patch of the quarter to the right
-    expected = np.eye(4, dtype=bool)
-    expected[0, 3] = True
-    np.testing.assert_array_equal(needed_blocks(windows, layout), expected)
-    # A step of two blocks for each of four, and the prefix token as query and as key.
-    share = (4 * 2 * 64**2 + 257 + 256) / 257**2
+    np.testing.assert_array_equal(needed_blocks(windows, layout), np.eye(2, dtype=bool))
+    windows[0] = [0, 0, 1, 5]  # patch 0 sees one patch of the right half
+    np.testing.assert_array_equal(needed_blocks(windows, layout), [[True, True], [False, True]])
+    # A step of four blocks for both, and the prefix token as query and as key.
+    share = (2 * 4 * 32**2 + 65 + 64) / 65**2
     np.testing.assert_allclose(computed_share(windows, layout), share, rtol=1e-6)
 
 
