@@ -1,9 +1,14 @@
 """Temporary memory of measuring against that of the forward pass, from the compiled programs.
 
-`python -m benchmarks.memory [--model vit_s16] [--batch 8] [--json]`. Nothing is run: the compiler
-says what it would allocate. Outputs (the maps themselves) are not temporaries and are listed apart.
-The last rows are of the gradient of a loss by the parameters: with explicit attention, and with
-windows that each patch, or each patch and head, predicts.
+    python -m benchmarks.memory [--model vit_s16] [--batch 8] [--json]
+    python -m benchmarks.memory --image-size 512 --batch 1 --only edge
+
+Nothing is run: the compiler says what it would allocate. Outputs (the maps themselves) are not
+temporaries and are listed apart. At high resolution each indicator has three rows: blocks of
+queries, which `vi.measure` then chooses; all queries at once; and blocks straight to fields.
+`--only` limits the indicators, as each row takes a while to compile. The last rows, without it, are
+of the gradient of a loss by the parameters: with explicit attention, and with windows that each
+patch, or each patch and head, predicts.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ import jax.numpy as jnp
 
 import vit_interact as vi
 from vit_interact import interactions as vx
+from vit_interact.models.attend import suitable_blocks
 from vit_interact.models.attention import Taps
 from vit_interact.models.config import WindowConfig
 from vit_interact.models.vit import ViT
@@ -57,15 +63,22 @@ def _training(model: ViT, images: Any) -> dict[str, dict[str, float]]:
     return rows
 
 
+def _needs_backward(row: str) -> bool:
+    return "output_grad" in vx.NEEDS.get(row.partition(",")[0], ())
+
+
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="vit_s16", choices=vi.list_models())
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--image-size", type=int, help="pixels; the model's own without it")
+    parser.add_argument("--only", nargs="+", choices=tuple(vx.INDICATORS), help="indicators")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
 
-    model = vi.create_model(options.model)
+    size = {} if options.image_size is None else {"image_size": (options.image_size,) * 2}
+    model = vi.create_model(options.model, **size)
     images = jax.ShapeDtypeStruct((options.batch, *model.config.image_size, 3), "float32")
     params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
 
@@ -82,18 +95,26 @@ def main() -> None:
     forward = compiled(lambda p, x: model.apply({"params": p}, x))
     both = compiled(backward)
     rows = {"forward": forward, "forward + backward": both}
-    for name in vx.INDICATORS:
-        rows[name] = compiled(lambda p, x, name=name: vi.measure(model, p, x, (name,)))
-    rows |= _training(model, images)
+    tokens, heads = model.config.layout.num_tokens, model.config.heads
+    ways: dict[str, dict[str, Any]] = {"": {}}
+    if suitable_blocks(options.batch, heads, tokens, tokens) is not None:
+        ways |= {", all queries at once": {"block": tokens}, ", fields": {"reduce": "fields"}}
+    for name in options.only or vx.INDICATORS:
+        for way, choice in ways.items():
+            rows[name + way] = compiled(
+                lambda p, x, name=name, choice=choice: vi.measure(model, p, x, (name,), **choice)
+            )
+    if options.image_size is None and not options.only:
+        rows |= _training(model, images)
     for name, row in rows.items():
         if "ratio" in row:
             continue
-        needs_backward = "output_grad" in vx.NEEDS.get(name, ())
-        base = both if needs_backward else forward
+        base = both if _needs_backward(name) else forward
         row["ratio"] = row["temporary_mib"] / base["temporary_mib"]
     report = {
         "model": options.model,
         "batch": options.batch,
+        "image_size": model.config.image_size,
         "dtype": model.config.dtype,
         "device": jax.devices()[0].device_kind,
         "machine": platform.machine(),
@@ -106,7 +127,7 @@ def main() -> None:
     print({key: value for key, value in report.items() if key != "rows"})
     print(f"{'':38}{'temporary MiB':>14}{'outputs MiB':>13}{'ratio':>7}  to")
     for name, row in rows.items():
-        base_name = "forward + backward" if "output_grad" in vx.NEEDS.get(name, ()) else "forward"
+        base_name = "forward + backward" if _needs_backward(name) else "forward"
         base_name = _EXPLICIT if name.startswith(_EXPLICIT[:8]) else base_name
         print(
             f"{name:38}{row['temporary_mib']:14.1f}{row['output_mib']:13.1f}{row['ratio']:7.2f}"

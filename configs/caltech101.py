@@ -5,7 +5,6 @@ Commands, one after the other:
     --config.data.source=/data/caltech101 --config.init=/data/vit_s14_backbone.safetensors
   python -m vit_interact.train --config=configs/caltech101.py:224 --workdir=runs/caltech101 \
     --config.data.source=/data/caltech101 --config.init=runs/caltech101_112
-The first holds out a tenth of the training images to choose on; the second trains on all of them.
 Hardware, hours and result: docs/results.md
 """
 
@@ -23,25 +22,19 @@ def get_config(pixels: str = "224") -> ConfigDict:
     config = common.base()
     first = pixels == "112"
     config.batch_size = 32
-    config.epochs = 5.0 if first else 1.2
+    config.epochs = 5.0 if first else 1.0
     config.log_every = 10
 
-    # Two recipes without colours and erasing knew 98 % of the training images by heart.
-    config.data.holdout = 0.1 if first else 0.0
-    # "Faces" and "Faces_easy" are the same photographs, whole and cropped: small crops mix them up.
-    config.augment.crop = (0.75, 1.0)
-    config.augment.ratio = (0.85, 1.18)
-    config.augment.rand_augment = 2
-    config.augment.magnitude = 7.0
-    config.augment.erase = 0.25
+    config.data.holdout = 0.1
+    # With crops from 0.35, 28 of 152 mistakes were on "Faces" and "Faces_easy", cropped faces.
+    config.augment.crop = (0.6, 1.0)
 
     config.model.name = ""
     config.model.image_size = (int(pixels), int(pixels))
-    config.model.fields.stochastic_depth = 0.1
     config.optimizer.freeze = r"^(embedding|pos_embedding|cls|Transformer/encoderblock_[0-5]/)"
     config.optimizer.head_rate = 20.0 if first else 10.0
-    config.optimizer.weight_decay = 0.05
-    config.schedule.rate = 1e-4 if first else 6e-5
+    config.optimizer.weight_decay = 0.02
+    config.schedule.rate = 1e-4 if first else 3e-5
     config.schedule.warmup = 0.2 if first else 0.1
     config.loss.smoothing = 0.1
     config.ema = 0.99

@@ -304,6 +304,8 @@ def test_a_model_without_attention_fn_is_refused(foreign):
     _, params, images = foreign
     with pytest.raises(ValueError, match=r"attention_fn=vit_interact\.attention_fn"):
         vi.measure(Foreign(), params, images)
+    with pytest.raises(ValueError, match="block needs vit_interact's ViT"):
+        vi.measure(foreign[0], params, images, block=3)
     with pytest.raises(ValueError, match="inside a linen module"):
         vi.attention_fn(*jnp.ones((3, 1, 4, 2, 8)))
 
@@ -345,7 +347,32 @@ def test_kept_patches_are_measured_as_the_model_runs_on_them(scan):
     np.testing.assert_allclose(maps["attention"][0], expected, atol=1e-5)
 
 
-def test_keep_is_for_our_model(foreign):
+def test_masked_attention_is_measured_as_the_model_runs_under_the_mask():
+    model, params, images = tiny()
+    layout = model.config.layout
+    boxes = np.tile(np.array([0, 0, 2, 3], np.int32), (layout.num_patches, 1))
+    mask = vx.window_mask(boxes, layout)
+    names = ("attention", "leave_one_out", "gradient", "edge")
+    logits, maps = measure_with_logits(model, params, images, names, mask=mask)
+    expected = model.apply({"params": params}, images, mask=mask)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    for name in names:
+        assert (np.asarray(maps[name])[:, :, ~np.asarray(mask)] == 0).all(), name
+    # The first layer reads the same tokens with and without the mask.
+    weights = vi.capture(model, params, images, need=("weights",), layers=(0,)).weights[0]
+    rows = np.asarray(weights) * np.asarray(mask)
+    expected = (rows / rows.sum(-1, keepdims=True)).mean(1)
+    np.testing.assert_allclose(maps["attention"][0], expected, atol=1e-5)
+    in_blocks = vi.measure(model, params, images, names, mask=[mask, None, mask], block=4)
+    at_once = vi.measure(model, params, images, names, mask=[mask, None, mask])
+    for name in names:
+        close(in_blocks[name], at_once[name])
+
+
+@pytest.mark.parametrize(
+    ("choice", "value"), [("keep", np.zeros((2, 2), int)), ("mask", np.ones((4, 4), bool))]
+)
+def test_keep_and_mask_are_for_our_model(foreign, choice, value):
     model, params, images = foreign[:3]
-    with pytest.raises(ValueError, match="keep needs vit_interact's ViT"):
-        vi.measure(model, params, images, ("attention",), keep=np.zeros((len(images), 2), int))
+    with pytest.raises(ValueError, match="keep and mask need vit_interact's ViT"):
+        vi.measure(model, params, images, ("attention",), **{choice: value})

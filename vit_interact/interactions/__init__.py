@@ -22,6 +22,7 @@ from vit_interact.interactions.indicators import (
 )
 from vit_interact.interactions.removal import received_impact, removal_order
 from vit_interact.interactions.statistics import Statistics
+from vit_interact.interactions.streaming import Fields, fields_of_map
 from vit_interact.interactions.views import combine_layers, normalise_rows, patch_view
 from vit_interact.interactions.windows import (
     coverage_map,
@@ -35,6 +36,7 @@ __all__ = [
     "NEEDS",
     "UNITS",
     "Captures",
+    "Fields",
     "ResponsiveField",
     "Statistics",
     "attention",
@@ -43,6 +45,7 @@ __all__ = [
     "coverage_map",
     "dispersion",
     "edge",
+    "fields_of_map",
     "gradient",
     "leave_one_out",
     "normalise_rows",

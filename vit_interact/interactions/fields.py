@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from vit_interact.interactions.windows import unit_rows
 from vit_interact.layout import TokenLayout
@@ -64,11 +64,26 @@ def responsive_field(
       ValueError: if the shape is not the layout's.
     """
     layout.check_patches(np.shape(patch_indicator), "patch_indicator")
-    weights, usable = unit_rows(patch_indicator)
-    grid = weights.reshape(*weights.shape[:-1], layout.rows, layout.cols)
-    query = layout.positions().astype(np.float32)
+    return fields_of_rows(jnp.asarray(patch_indicator), layout.positions(), layout)
 
-    # Offsets from the query, then from the mean: [..., P, R] and [..., P, C].
+
+def fields_of_rows(
+    rows: Float[Array, "*batch M P"],
+    query: Int32[Array, "M 2"] | Int32[np.ndarray, "M 2"],
+    layout: TokenLayout,
+) -> ResponsiveField:
+    """`responsive_field` for some queries only.
+
+    Args:
+      rows: rows of a non-negative patch-to-patch indicator `[..., M, P]`.
+      query: (row, col) of the queries, `[M, 2]`, in patches.
+      layout: the grid of patches.
+    """
+    weights, usable = unit_rows(rows)
+    grid = weights.reshape(*weights.shape[:-1], layout.rows, layout.cols)
+    query = jnp.asarray(query, jnp.float32)
+
+    # Offsets from the query, then from the mean: [..., M, R] and [..., M, C].
     row = np.arange(layout.rows, dtype=np.float32) - query[:, :1]
     col = np.arange(layout.cols, dtype=np.float32) - query[:, 1:]
     of_row, of_col = grid.sum(axis=-1), grid.sum(axis=-2)

@@ -28,12 +28,30 @@ def received_impact(
       ValueError: if the shape is not the layout's.
     """
     layout.check_tokens(np.shape(indicator), "indicator")
-    impact = jnp.asarray(indicator, jnp.float32)[..., layout.prefix :]
-    others = ~np.eye(layout.num_tokens, dtype=bool)[:, layout.prefix :]
-    if not include_prefix:
-        others[: layout.prefix] = False
+    first = 0 if include_prefix else layout.prefix
+    queries = np.arange(first, layout.num_tokens, dtype=np.int32)
+    return impact_of_rows(jnp.asarray(indicator)[..., first:, :], queries, layout)
+
+
+def impact_of_rows(
+    rows: Float[Array, "*batch M N"],
+    queries: Int32[Array, " M"] | Int32[np.ndarray, " M"],
+    layout: TokenLayout,
+) -> Float[Array, "*batch P"]:
+    """What some tokens alone add to the received impact.
+
+    Args:
+      rows: rows of an indicator `[..., M, N]`, any unit.
+      queries: which tokens they are of, `[M]`.
+      layout: the order of the tokens.
+
+    Returns:
+      `[..., P]` float32; the sum over all tokens is `received_impact`.
+    """
+    impact = jnp.asarray(rows, jnp.float32)[..., layout.prefix :]
+    keys = np.arange(layout.prefix, layout.num_tokens, dtype=np.int32)
     # Left out by a choice and not by a subtraction: a large I_jj must not swallow the rest.
-    return jnp.where(others, impact, 0.0).sum(axis=-2)
+    return jnp.where(jnp.asarray(queries)[:, None] != keys, impact, 0.0).sum(axis=-2)
 
 
 def removal_order(

@@ -96,11 +96,38 @@ def smallest_windows(
     coverages = _checked_coverages(coverage if isinstance(coverage, Sequence) else (coverage,))
     layout.check_patches(np.shape(patch_indicator), "patch_indicator")
     batch, patches = np.shape(patch_indicator)[:-2], layout.num_patches
-    maps = jnp.asarray(patch_indicator).reshape(-1, patches, patches)
+    maps = jnp.asarray(patch_indicator).reshape(-1, layout.rows, layout.cols, patches)
 
-    windows = _search(maps, layout, coverages)
-    windows = jnp.moveaxis(windows, 1, 0).reshape(len(coverages), *batch, patches, 4)
+    windows = _search(maps, np.arange(layout.cols, dtype=np.int32), layout, coverages, 1)
+    windows = windows.transpose(2, 0, 3, 1, 4)  # [Q, maps, R, C, 4]
+    windows = windows.reshape(len(coverages), *batch, patches, 4)
     return windows if several else windows[0]
+
+
+def windows_of_columns(
+    rows: Float[Array, "*batch W R P"],
+    cols: Int32[Array, " W"],
+    layout: TokenLayout,
+    coverages: Sequence[float],
+) -> Int32[Array, "*batch W R Q 4"]:
+    """`smallest_windows` for the queries of some columns of the grid only.
+
+    Args:
+      rows: rows of a non-negative patch-to-patch indicator, by column and row of the query.
+      cols: which columns of the grid they are of, `[W]`.
+      layout: the grid of patches.
+      coverages: shares of a row in (0, 1].
+
+    Returns:
+      (top, left, bottom, right) in patches `[..., W, R, Q, 4]`.
+
+    Raises:
+      ValueError: if a coverage is outside (0, 1], or none is given.
+    """
+    coverages = _checked_coverages(coverages)
+    maps = rows.reshape(-1, *rows.shape[-3:])
+    windows = _search(maps, cols, layout, coverages, 0)
+    return jnp.moveaxis(windows, 2, 3).reshape(*rows.shape[:-1], len(coverages), 4)
 
 
 def window_mask(
@@ -189,27 +216,39 @@ def _checked_coverages(coverages: Sequence[float]) -> tuple[float, ...]:
     return tuple(float(coverage) for coverage in coverages)
 
 
-@partial(jax.jit, static_argnames=("layout", "coverages"))
+@partial(jax.jit, static_argnames=("layout", "coverages", "axis"))
 def _search(
-    maps: Float[Array, "maps P P"], layout: TokenLayout, coverages: tuple[float, ...]
-) -> Int32[Array, "maps Q P 4"]:
-    """All windows, in chunks that suit the device; compiled once also when called outside jit."""
-    search = partial(_windows_of_maps, layout=layout, coverages=coverages)
+    maps: Float[Array, "maps _ _ P"],
+    cols: Int32[Array, " W"] | Int32[np.ndarray, " W"],
+    layout: TokenLayout,
+    coverages: tuple[float, ...],
+    axis: int,
+) -> Int32[Array, "maps W Q R 4"]:
+    """All windows, in chunks that suit the device; compiled once also when called outside jit.
+
+    `axis` is that of the columns in a map, 0 or 1; the rows of the grid have the other.
+    """
+    search = partial(_windows_of_maps, layout=layout, coverages=coverages, axis=axis)
     # A CPU wants chunks that stay in its cache, an accelerator enough lanes to fill it.
     return lax.platform_dependent(
-        maps, cpu=partial(search, chunk_bytes=4 * 2**20), default=partial(search, chunk_bytes=2**28)
+        maps,
+        jnp.asarray(cols),
+        cpu=partial(search, chunk_bytes=4 * 2**20),
+        default=partial(search, chunk_bytes=2**28),
     )
 
 
 def _windows_of_maps(
-    maps: Float[Array, "maps P P"],
+    maps: Float[Array, "maps _ _ P"],
+    cols: Int32[Array, " W"],
     layout: TokenLayout,
     coverages: tuple[float, ...],
+    axis: int,
     chunk_bytes: int,
-) -> Int32[Array, "maps Q P 4"]:
+) -> Int32[Array, "maps W Q R 4"]:
     """All windows of all maps, one chunk of maps after the other."""
     lanes = math.comb(layout.rows + 2, 3)
-    map_bytes = 4 * (3 * lanes * (layout.cols + 1) + layout.num_patches**2)
+    map_bytes = 4 * (3 * lanes * (layout.cols + 1) + math.prod(maps.shape[1:]))
     chunks = max(1, math.ceil(len(maps) / max(1, chunk_bytes // map_bytes)))
     size = math.ceil(len(maps) / chunks)
     last = len(maps) - size
@@ -217,7 +256,8 @@ def _windows_of_maps(
     def chunk(index: Array) -> Array:
         # The last chunk starts early enough to be full: its first maps are done twice.
         of_chunk = lax.dynamic_slice_in_dim(maps, jnp.minimum(index * size, last), size)
-        return jax.vmap(partial(_windows_of_map, layout=layout, coverages=coverages))(of_chunk)
+        search = partial(_windows_of_map, cols=cols, layout=layout, coverages=coverages, axis=axis)
+        return jax.vmap(search)(of_chunk)
 
     windows = lax.map(chunk, jnp.arange(chunks, dtype=jnp.int32))
     done = (chunks - 1) * size
@@ -248,20 +288,25 @@ class _Bands:
 
 
 def _windows_of_map(
-    indicator: Float[Array, "P P"], layout: TokenLayout, coverages: tuple[float, ...]
-) -> Int32[Array, "Q P 4"]:
+    indicator: Float[Array, "_ _ P"],
+    cols: Int32[Array, " W"],
+    layout: TokenLayout,
+    coverages: tuple[float, ...],
+    axis: int,
+) -> Int32[Array, "W Q R 4"]:
     """All windows of one map, one column of queries after the other."""
-    rows, cols = layout.rows, layout.cols
+    rows = layout.rows
     bands = _Bands(rows)
     wanted = jnp.asarray(coverages, jnp.float32) - TOLERANCE
-    above, before = (np.tri(n + 1, n, -1, dtype=np.float32) for n in (rows, cols))
-    queries = indicator.reshape(rows, cols, rows * cols)
+    above, before = (np.tri(n + 1, n, -1, dtype=np.float32) for n in (rows, layout.cols))
 
-    def column(col: Array) -> Array:
-        grid = unit_rows(queries[:, col])[0].reshape(rows, rows, cols)
+    def column(place: Array) -> Array:
+        col = cols[place]
+        of_column = lax.dynamic_index_in_dim(indicator, place, axis, keepdims=False)
+        grid = unit_rows(of_column)[0].reshape(rows, rows, layout.cols)
         prefix = jnp.einsum(
             "qrc,kc,br->kqb", grid, before, above, precision=lax.Precision.HIGHEST
-        ).reshape(cols + 1, -1)
+        ).reshape(layout.cols + 1, -1)
         band = prefix[:, bands.lower] - prefix[:, bands.upper]
         total = prefix[-1].reshape(rows, rows + 1)[:, -1]
         heaviest = _heaviest_boxes(band, col)
@@ -270,8 +315,7 @@ def _windows_of_map(
         pick = partial(_first_smallest_box, band, heaviest, col, bands)
         return jax.vmap(pick)(jnp.minimum(wanted[:, None], total))
 
-    windows = lax.map(column, jnp.arange(cols, dtype=jnp.int32))  # [C, Q, R, 4]
-    return windows.transpose(1, 2, 0, 3).reshape(len(coverages), rows * cols, 4)
+    return lax.map(column, jnp.arange(len(cols), dtype=jnp.int32))
 
 
 def _heaviest_boxes(

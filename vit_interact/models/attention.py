@@ -1,6 +1,7 @@
-"""Attention with taps: a fused path, an explicit path, and what can be read from the latter.
+"""Attention with taps: what can be read from a layer, and the Flax modules that give it.
 
-The mathematics are pure functions; Flax only holds parameters. Two kinds of tap exist:
+The mathematics are pure functions (`models/attend.py`); Flax only holds parameters. Two kinds of
+tap exist:
 
 * **Forward taps** are sown into the `intermediates` collection: raw tensors, or whatever
   `Taps.reduce` makes of them, so that `[B, H, N, N]` can shrink to `[B, N, N]` inside the layer.
@@ -8,6 +9,9 @@ The mathematics are pure functions; Flax only holds parameters. Two kinds of tap
   makes the reduction of `g` the cotangent of that sink (`gradient_tap`). One `jax.grad` with
   respect to the sinks then gives every layer's reduction in one backward pass, and the stack of
   all `g` never exists.
+
+With `Taps.blocks` a layer never holds `[B, H, N, N]`: reductions see one block of queries after the
+other, forward and backward.
 """
 
 from __future__ import annotations
@@ -16,63 +20,26 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float
+
+from vit_interact.models.attend import (
+    Attended,
+    QueryBlocks,
+    SeparableBias,
+    attend_in_blocks,
+    explicit_attention,
+    fused_attention,
+)
 
 KINDS = ("weights", "logits", "values", "output", "query", "key")
 SINKS = "sinks"
 # Sown names start so, since a module already has submodules called `query` and `key`.
 PREFIX = "attention_"
-
-
-class Attended(NamedTuple):
-    """Everything one attention layer computed.
-
-    Attributes:
-      query: `[B, N, H, K]`, scaled by `1/sqrt(K)`.
-      key: `[B, N, H, K]`.
-      values: `[B, N, H, K]`.
-      logits: `[B, H, N, N]` after mask and bias, float32 or wider.
-      weights: `[B, H, N, N]`, rows sum to 1, float32 or wider.
-      output: `[B, N, H, K]`, one output for each head.
-      out_kernel: `[H, K, D]`, multiplied by LayerScale where the model has it; None when unknown.
-    """
-
-    query: Array
-    key: Array
-    values: Array
-    logits: Array
-    weights: Array
-    output: Array
-    out_kernel: Array | None
-
-
-@struct.dataclass
-class SeparableBias:
-    """An additive bias on patch-to-patch logits that is a sum of a row and a column factor.
-
-    The logit of query patch `i` and key patch `(r, c)` gets `rows[..., i, r] + cols[..., i, c]`.
-    Prefix tokens get none.
-
-    Attributes:
-      rows: `[B, H', P, R]`, `H'` being 1 or the number of heads.
-      cols: `[B, H', P, C]`.
-    """
-
-    rows: Array
-    cols: Array
-
-    def full(self, tokens: int) -> Float[Array, "B G N N"]:
-        """The bias over all `tokens`, 0 for the prefix tokens that stand before the patches."""
-        total = self.rows[..., :, :, None] + self.cols[..., :, None, :]
-        total = total.reshape(*total.shape[:-2], -1)
-        prefix = tokens - total.shape[-1]
-        return jnp.pad(total, [(0, 0)] * (total.ndim - 2) + [(prefix, 0)] * 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,112 +52,71 @@ class Taps:
       reduce: maps `Attended` to a dict of arrays to sow, inside the layer.
       reduce_grad: maps `(Attended, g [B, N, H, K])` to a dict of arrays with the keys and shapes
         of the layer's sinks.
+      blocks: None gives reductions all queries at once; else they get one block after the other,
+        and return arrays `[B, M, ...]` or `Summed` ones. Raw tensors cannot be sown then.
     """
 
     kinds: tuple[str, ...] = ()
     layers: tuple[int, ...] | None = None
-    reduce: Callable[[Attended], dict[str, Array]] | None = None
-    reduce_grad: Callable[[Attended, Array], dict[str, Array]] | None = None
+    reduce: Callable[[Attended], dict[str, Any]] | None = None
+    reduce_grad: Callable[[Attended, Array], dict[str, Any]] | None = None
+    blocks: QueryBlocks | None = None
 
     def __post_init__(self) -> None:
+        if self.kinds and self.blocks:
+            raise ValueError("raw tensors are of whole layers: blocks=None")
         unknown = sorted(set(self.kinds) - set(KINDS))
         if unknown:
             raise ValueError(f"attention cannot sow {unknown}; it can sow {KINDS}")
 
 
-def attention_logits(
-    query: Float[Array, "*B N H K"],
-    key: Float[Array, "*B M H K"],
-    bias: Float[Array, ...] | None = None,
-    mask: Bool[Array, ...] | None = None,
-) -> Float[Array, "*B H N M"]:
-    """`query · key` plus bias, masked entries at the type's lowest number; float32 or wider."""
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
-    logits = jnp.einsum("...ihk,...jhk->...hij", query, key, preferred_element_type=dtype)
-    if bias is not None:
-        logits = logits + bias.astype(dtype)
-    if mask is not None:
-        logits = jnp.where(mask, logits, jnp.finfo(dtype).min)
-    return logits
-
-
-def attention_weights(
-    logits: Float[Array, "*B H N M"], mask: Bool[Array, ...] | None = None
-) -> Float[Array, "*B H N M"]:
-    """Softmax over keys; a row with every key masked is 0 instead of uniform or NaN."""
-    weights = jax.nn.softmax(logits, axis=-1)
-    if mask is not None:
-        # Zeroing masked keys once more matters in rows that mask all of them.
-        weights = jnp.where(mask, weights, 0)
-    return weights
-
-
-def explicit_attention(
-    query: Float[Array, "*B N H K"],
-    key: Float[Array, "*B M H K"],
-    value: Float[Array, "*B M H K"],
-    bias: Float[Array, ...] | None = None,
-    mask: Bool[Array, ...] | None = None,
-    out_kernel: Float[Array, "H K D"] | None = None,
-) -> Attended:
-    """Attention that keeps its weights. `query` is already scaled; see `Attended` for shapes."""
-    logits = attention_logits(query, key, bias, mask)
-    weights = attention_weights(logits, mask)
-    output = jnp.einsum("...hij,...jhk->...ihk", weights.astype(value.dtype), value)
-    return Attended(query, key, value, logits, weights, output, out_kernel)
-
-
-def fused_attention(
-    query: Float[Array, "*B N H K"],
-    key: Float[Array, "*B M H K"],
-    value: Float[Array, "*B M H K"],
-    mask: Bool[Array, ...] | None = None,
-) -> Float[Array, "*B N H K"]:
-    """The same output through `jax.nn.dot_product_attention`; weights are not available."""
-    output = jax.nn.dot_product_attention(query, key, value, mask=mask, scale=1.0)
-    if mask is not None:
-        # jax attends uniformly in a row with every key masked; ours contributes nothing.
-        attends = jnp.any(mask, axis=-1)  # [B or 1, H or 1, N or 1]
-        output = jnp.where(jnp.swapaxes(attends, -1, -2)[..., None], output, 0)
-    return output
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def gradient_tap(
-    reduce_grad: Callable[[Attended, Array], dict[str, Array]],
+    reduce_grad: Callable[[Attended, Array], dict[str, Any]],
+    blocks: QueryBlocks | None,
     output: Array,
     sinks: dict[str, Array],
     inputs: tuple[Any, ...],
 ) -> Array:
     """Returns `output`; in the backward pass, `reduce_grad(attended, g)` becomes d/d`sinks`.
 
-    The weights are recomputed from `inputs = (query, key, value, bias, mask, out_kernel)`, so
-    nothing but what the layer's own backward pass keeps is held for it.
+    The weights are recomputed from `inputs = (query, key, value, bias, mask, out_kernel)`, in
+    `blocks` if given, so nothing but what the layer's own backward pass keeps is held for it.
     """
-    del reduce_grad, sinks, inputs
+    del reduce_grad, blocks, sinks, inputs
     return output
 
 
 def _gradient_tap_fwd(
-    reduce_grad: Any, output: Array, sinks: dict[str, Array], inputs: tuple[Any, ...]
+    reduce_grad: Any, blocks: Any, output: Array, sinks: dict[str, Array], inputs: tuple[Any, ...]
 ) -> tuple[Array, tuple[Any, ...]]:
-    del reduce_grad, sinks
+    del reduce_grad, blocks, sinks
     return output, inputs
 
 
-def _gradient_tap_bwd(reduce_grad: Any, inputs: tuple[Any, ...], g: Array) -> tuple[Any, ...]:
+def _gradient_tap_bwd(
+    reduce_grad: Any, blocks: QueryBlocks | None, inputs: tuple[Any, ...], g: Array
+) -> tuple[Any, ...]:
+    if blocks is not None:
+        return g, attend_in_blocks(inputs, blocks, reduce_grad, g)[1], None
     return g, reduce_grad(explicit_attention(*inputs), g), None
 
 
 gradient_tap.defvjp(_gradient_tap_fwd, _gradient_tap_bwd)
 
 
-def _sow(module: nn.Module, taps: Taps, attended: Attended) -> None:
-    for kind in taps.kinds:
-        module.sow("intermediates", PREFIX + kind, getattr(attended, kind))
-    if taps.reduce is not None:
-        for name, value in taps.reduce(attended).items():
-            module.sow("intermediates", PREFIX + name, value)
+def _attend_and_sow(module: nn.Module, taps: Taps, inputs: tuple[Any, ...]) -> Array:
+    """Each head's output; what `taps` asks for is sown on the way."""
+    if taps.blocks is not None:
+        output, sown = attend_in_blocks(inputs, taps.blocks, taps.reduce)
+    else:
+        attended = explicit_attention(*inputs)
+        output = attended.output
+        sown = {kind: getattr(attended, kind) for kind in taps.kinds}
+        sown |= taps.reduce(attended) if taps.reduce else {}
+    for name, value in sown.items():
+        module.sow("intermediates", PREFIX + name, value)
+    return output
 
 
 class MultiHeadDotProductAttention(nn.Module):
@@ -243,27 +169,27 @@ class MultiHeadDotProductAttention(nn.Module):
             query, key = norm(name="query_norm")(query), norm(name="key_norm")(key)
         query = query * (head_dim**-0.5)
         mask = _with_heads(mask)
-        logit_bias = None if bias is None else bias.full(tokens=inputs_kv.shape[1])
         project_out = nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="out")
 
         taps = self.taps
-        sinks = self.get_variable(SINKS, "attention") if taps and taps.reduce_grad else None
-        if not taps and logit_bias is None:
+        if not taps and bias is None:
             return project_out(fused_attention(query, key, value, mask))
 
-        attended = explicit_attention(query, key, value, logit_bias, mask)
-        if taps and not self.is_initializing():
-            # The kernel exists before it is used: parameters were made by `init`.
-            kernel: Any = self.get_variable("params", "out")["kernel"]
-            attended = attended._replace(
-                out_kernel=kernel if layer_scale is None else kernel * layer_scale
-            )
-            _sow(self, taps, attended)
-            if sinks is not None:
-                inputs = (query, key, value, logit_bias, mask, attended.out_kernel)
-                tapped = gradient_tap(taps.reduce_grad, attended.output, sinks, inputs)
-                attended = attended._replace(output=tapped)
-        return project_out(attended.output)
+        logit_bias: Any = bias
+        if bias is not None and not (taps and taps.blocks):
+            logit_bias = bias.full(tokens=inputs_kv.shape[1])
+        if not taps or self.is_initializing():
+            attended = explicit_attention(query, key, value, logit_bias, mask)
+            return project_out(attended.output)
+        # The kernel exists before it is used: parameters were made by `init`.
+        kernel: Any = self.get_variable("params", "out")["kernel"]
+        scaled = kernel if layer_scale is None else kernel * layer_scale
+        inputs = (query, key, value, logit_bias, mask, scaled)
+        output = _attend_and_sow(self, taps, inputs)
+        if taps.reduce_grad and self.has_variable(SINKS, "attention"):
+            sinks: Any = self.get_variable(SINKS, "attention")
+            output = gradient_tap(taps.reduce_grad, taps.blocks, output, sinks, inputs)
+        return project_out(output)
 
 
 def _with_heads(mask: Array | None) -> Array | None:
@@ -284,11 +210,12 @@ class AttentionTap(nn.Module):
     ) -> tuple[Array, Array]:
         """Heads' outputs `[..., N, H, K]` and weights `[..., H, N, M]`."""
         attended = explicit_attention(query, key, value, bias, mask)
-        _sow(self, Taps(kinds=KINDS), attended)
+        for kind in KINDS:
+            self.sow("intermediates", PREFIX + kind, getattr(attended, kind))
         if self.has_variable(SINKS, "attention"):
             sinks: Any = self.get_variable(SINKS, "attention")
             inputs = (query, key, value, bias, mask, None)
-            tapped = gradient_tap(output_gradient, attended.output, sinks, inputs)
+            tapped = gradient_tap(output_gradient, None, attended.output, sinks, inputs)
             return tapped, attended.weights
         return attended.output, attended.weights
 

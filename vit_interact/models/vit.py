@@ -18,18 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from vit_interact.models.attention import (
-    SINKS,
-    MultiHeadDotProductAttention,
-    SeparableBias,
-    Taps,
-)
+from vit_interact.models.attend import SeparableBias
+from vit_interact.models.attention import SINKS, MultiHeadDotProductAttention, Taps
 from vit_interact.models.config import ViTConfig
 from vit_interact.models.winft import GivenWindows, WindowHead
 
 Images = Float[Array, "B h w 3"] | Float[np.ndarray, "B h w 3"]
 Keep = Int[Array, "B K"] | Int[np.ndarray, "B K"] | None
-LayerMask = Bool[Array, "..."] | Sequence[Any] | None
+LayerMask = Bool[Array, "..."] | Bool[np.ndarray, "..."] | Sequence[Any] | None
 LayerBias = SeparableBias | Sequence[SeparableBias | None] | None
 
 _ACTIVATIONS = {

@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vit_interact.interactions.indicators import INDICATORS, NEEDS, Captures, check_name, roll
-from vit_interact.models.attention import Attended, Taps, output_gradient
+from vit_interact.interactions.streaming import Fields
+from vit_interact.models.attend import Attended, QueryBlocks, suitable_blocks
+from vit_interact.models.attention import Taps, output_gradient
 from vit_interact.models.vit import Images, Keep, LayerMask, ViT
+from vit_interact.observe.fields import FieldsOf
 from vit_interact.observe.probe import (
-    Probed,
     Score,
     choose_layers,
     class_score,
@@ -27,6 +29,39 @@ _LOG = logging.getLogger("vit_interact")
 _CAPTURE_NEEDS = ("weights", "values", "output", "grad")
 
 
+@overload
+def measure(
+    model: Any,
+    params: Mapping[str, Any],
+    images: Images,
+    indicators: Sequence[str] = ...,
+    score: Score = ...,
+    layers: Sequence[int] | None = ...,
+    keep: Keep = ...,
+    mask: LayerMask = ...,
+    block: int | None = ...,
+    reduce: None = ...,
+    coverage: float | Sequence[float] = ...,
+) -> dict[str, Array]: ...
+
+
+@overload
+def measure(
+    model: Any,
+    params: Mapping[str, Any],
+    images: Images,
+    indicators: Sequence[str] = ...,
+    score: Score = ...,
+    layers: Sequence[int] | None = ...,
+    keep: Keep = ...,
+    mask: LayerMask = ...,
+    block: int | None = ...,
+    *,
+    reduce: Literal["fields"],
+    coverage: float | Sequence[float] = ...,
+) -> dict[str, Fields]: ...
+
+
 def measure(
     model: Any,
     params: Mapping[str, Any],
@@ -36,7 +71,10 @@ def measure(
     layers: Sequence[int] | None = None,
     keep: Keep = None,
     mask: LayerMask = None,
-) -> dict[str, Float[Array, "L B N N"]]:
+    block: int | None = None,
+    reduce: Literal["fields"] | None = None,
+    coverage: float | Sequence[float] = 0.9,
+) -> dict[str, Float[Array, "L B N N"]] | dict[str, Fields]:
     """Measures the impact of every token on every other one, in one compiled call.
 
     Each layer is reduced to `[B, N, N]` where it is computed; the stack `[L, B, H, N, N]` never
@@ -54,14 +92,41 @@ def measure(
       layers: layer numbers, negative ones from the end; None is all.
       keep: patches that stay, as for our `ViT`; tokens are then the prefix and these.
       mask: what may attend to what, as for our `ViT`: the model so restricted is measured.
+      block: how many queries of a layer our `ViT` works on at a time. None chooses: all at once
+        where that takes little memory, and blocks at high resolution, so that not even one layer's
+        `[B, H, N, N]` exists (docs/kernels.md). Other models work on all at once.
+      reduce: `"fields"` reduces each layer on the way to received impact, windows and responsive
+        fields, and no map `[B, N, N]` exists either; only those of `rollout`, which mixes layers.
+        For our `ViT` with all its patches.
+      coverage: of windows, a share of a row or several; only with `reduce="fields"`.
 
     Returns:
-      Name to `[L, B, N, N]`, entry `i, j` being the impact of token `j` on token `i`.
+      Name to `[L, B, N, N]`, entry `i, j` being the impact of token `j` on token `i`; or, with
+      `reduce="fields"`, name to `Fields` with leading axes `[L, B]`.
 
     Raises:
-      ValueError: for an unknown indicator, layer or score, or images that do not fit the model.
+      ValueError: for an unknown indicator, layer, score or reduction, or images that do not fit the
+        model.
     """
-    return measure_with_logits(model, params, images, indicators, score, layers, keep, mask)[1]
+    if reduce is None:
+        return measure_with_logits(
+            model, params, images, indicators, score, layers, keep, mask, block
+        )[1]
+    if reduce != "fields":
+        raise ValueError(f"reduce={reduce!r}: expected None or 'fields'")
+    if not isinstance(model, ViT) or keep is not None:
+        raise ValueError("reduce='fields' needs vit_interact's ViT and all patches: keep=None")
+    names, chosen, function, classes = _checked(model, params, images, indicators, score, layers)
+    several = isinstance(coverage, Sequence)
+    coverages = tuple(coverage) if isinstance(coverage, Sequence) else (coverage,)
+    layout = model.config.layout
+    blocks = _blocks(model, images, None, block) or QueryBlocks(layout.num_patches)
+    fields = FieldsOf(layout, coverages, several)
+    found = _measure(
+        model, params, images, classes, names, chosen, function, None, mask,
+        QueryBlocks(blocks.size, layout), fields,
+    )[1]  # fmt: skip
+    return {name: found[name] for name in names}
 
 
 def measure_with_logits(
@@ -73,21 +138,46 @@ def measure_with_logits(
     layers: Sequence[int] | None = None,
     keep: Keep = None,
     mask: LayerMask = None,
+    block: int | None = None,
 ) -> tuple[Float[Array, "B classes"], dict[str, Float[Array, "L B N N"]]]:
     """`measure`, and the logits of the same pass."""
-    names = (indicators,) if isinstance(indicators, str) else tuple(indicators)
-    for name in names:
-        check_name(name)
-    chosen = choose_layers(model, params, images, layers)
-    function, classes = make_score(score, images.shape[0])
+    names, chosen, function, classes = _checked(model, params, images, indicators, score, layers)
     if not isinstance(model, ViT) and (keep is not None or mask is not None):
         raise ValueError("keep and mask need vit_interact's ViT")
     keep = None if keep is None else jnp.asarray(keep)
-    logits, maps = _measure(model, params, images, classes, names, chosen, function, keep, mask)
+    blocks = _blocks(model, images, keep, block)
+    logits, maps = _measure(
+        model, params, images, classes, names, chosen, function, keep, mask, blocks
+    )
     return logits, {name: maps[name] for name in names}  # jit returns names in sorted order
 
 
-@functools.partial(jax.jit, static_argnames=("model", "names", "layers", "score"))
+def _checked(
+    model: Any, params: Any, images: Any, indicators: Sequence[str], score: Score, layers: Any
+) -> tuple[Any, ...]:
+    """Names, layers, and the two parts of the score (`make_score`)."""
+    names = (indicators,) if isinstance(indicators, str) else tuple(indicators)
+    for name in names:
+        check_name(name)
+    return names, choose_layers(model, params, images, layers), *make_score(score, images.shape[0])
+
+
+def _blocks(model: Any, images: Any, keep: Any, block: int | None) -> QueryBlocks | None:
+    """What `block` asks for; None to work on all queries of a layer at once."""
+    if not isinstance(model, ViT):
+        if block is not None:
+            raise ValueError("block needs vit_interact's ViT: other models work on all queries")
+        return None
+    config = model.config
+    tokens = config.layout.num_tokens if keep is None else config.prefix + keep.shape[1]
+    if block is None:
+        return suitable_blocks(images.shape[0], config.heads, tokens, tokens)
+    return None if block >= tokens else QueryBlocks(block)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "names", "layers", "score", "blocks", "fields")
+)
 def _measure(
     model: Any,
     params: Any,
@@ -98,18 +188,26 @@ def _measure(
     score: Callable[[Array], Array] | None,
     keep: Array | None,
     mask: LayerMask,
-) -> tuple[Array, dict[str, Array]]:
+    blocks: QueryBlocks | None,
+    fields: FieldsOf | None = None,
+) -> tuple[Array, dict[str, Any]]:
     backward = tuple(name for name in names if "output_grad" in NEEDS[name])
     forward = tuple(name for name in names if name not in backward)
     # A rollout passes through every layer below the ones asked for.
     below = tuple(range(max(layers) + 1)) if "rollout" in names else layers
-    taps = Taps(
-        layers=below,
-        reduce=functools.partial(reduce_forward, forward) if forward else None,
-        reduce_grad=functools.partial(reduce_backward, backward) if backward else None,
+    reduce: Any
+    reduce_grad: Any
+    reduce, reduce_grad = (
+        functools.partial(function, chosen) if chosen else None
+        for function, chosen in ((reduce_forward, forward), (reduce_backward, backward))
     )
+    if fields is not None:
+        reduce, reduce_grad = (f and fields.reducing(f) for f in (reduce, reduce_grad))
+    taps = Taps(layers=below, reduce=reduce, reduce_grad=reduce_grad, blocks=blocks)
 
     def sinks(attended: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        if fields is not None:
+            return fields.shapes(backward, attended.weights.shape[0])
         batch, _, *square = attended.weights.shape
         shape = jax.ShapeDtypeStruct((batch, *square), attended.weights.dtype)
         return dict.fromkeys(backward, shape)
@@ -117,17 +215,19 @@ def _measure(
     score = score or functools.partial(class_score, classes=classes)
     probed = probe(model, params, images, taps, sinks, score, keep, mask)
     positions = [below.index(layer) for layer in layers]
-    maps = {}
+    found: dict[str, Any] = {}
     for name in names:
-        per_layer = [layer[name] for layer in _source(name, probed)]
+        source = probed.backward if name in backward else probed.forward
+        if fields is not None and name != "rollout":
+            found[name] = fields.gather(name, [source[position] for position in positions])
+            continue
+        per_layer = [layer[name] for layer in source]
         if name == "rollout":
             per_layer = list(roll(jnp.stack(per_layer)))
-        maps[name] = _stack_in_place([per_layer[position] for position in positions])
-    return probed.logits, maps
-
-
-def _source(name: str, probed: Probed) -> list[dict[str, Array]]:
-    return probed.backward if "output_grad" in NEEDS[name] else probed.forward
+        found[name] = _stack_in_place([per_layer[position] for position in positions])
+        if fields is not None:
+            found[name] = fields.of_map(found[name])
+    return probed.logits, found
 
 
 def reduce_forward(names: tuple[str, ...], attended: Attended) -> dict[str, Array]:

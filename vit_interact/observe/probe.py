@@ -18,13 +18,8 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array
 
-from vit_interact.models.attention import (
-    KINDS,
-    PREFIX,
-    SINKS,
-    Attended,
-    Taps,
-)
+from vit_interact.models.attend import Attended
+from vit_interact.models.attention import KINDS, PREFIX, SINKS, Taps
 from vit_interact.models.vit import ViT
 
 Score = str | int | Array | np.ndarray | Callable[[Array], Array]

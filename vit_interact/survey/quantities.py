@@ -18,7 +18,8 @@ from vit_interact.interactions.statistics import Statistics
 from vit_interact.interactions.views import patch_view
 from vit_interact.interactions.windows import smallest_windows, window_area
 from vit_interact.layout import TokenLayout
-from vit_interact.models.attention import Attended, Taps
+from vit_interact.models.attend import Attended
+from vit_interact.models.attention import Taps
 from vit_interact.models.vit import Images, ViT
 from vit_interact.observe.measure import reduce_backward, reduce_forward
 from vit_interact.observe.probe import class_score, probe

@@ -86,9 +86,10 @@ def draw_windows_curves(report: dict[str, Any]) -> Figure:
         axis.set_title(VARIANTS[variant])
     for axis, variant in zip(axes[len(shown) :], compared, strict=True):
         _compare(axis, [row for row in rows if row["variant"] == variant], names, variant)
+    right = 1.06 * max(row["area"] for row in rows)
     for axis in axes:
         _finish(axis, report, "mean area (share of the grid)")
-        axis.set_xlim(left=0)
+        axis.set_xlim(0, right)
         axis.legend(loc="lower right")
     _explain(figure, report)
     axes[0].set_ylabel("top-1 (share of images)")
@@ -227,6 +228,8 @@ def _curve(
     axis.plot(xs, ys, color=color, linestyle=dashes, marker=marker, markersize=size, label=label)
     low, high = zip(*(row[f"{y}_95"] for row in rows), strict=True)
     axis.fill_between(xs, low, high, color=color, alpha=0.07, linewidth=0)
+    if len(xs) == 1:  # a band of no width cannot be seen
+        axis.vlines(xs, low, high, color=color, alpha=0.5, linewidth=1.5)
 
 
 def _finish(axis: Axes, report: dict[str, Any], xlabel: str) -> None:

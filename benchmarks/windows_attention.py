@@ -1,0 +1,174 @@
+"""Time and products of attention within windows beside dense attention, on this machine's CPU.
+
+    python -m benchmarks.windows_attention [--json] [--repeats 5] [--backward]
+    python -m benchmarks.windows_attention --windows windows.npy   # yours: [..., P, 4], square
+
+One layer of ViT-S (6 heads of 64), one image, random queries, keys and values. Windows are centred
+boxes (moved inwards at the border) of the area that coverages 0.5, 0.75 and 0.9 of a smooth
+interaction need, one that falls to 1/e over an eighth of the grid along each axis; and of a quarter
+of the grid. That is the friendly case, as neighbours' windows overlap; `--windows` takes real ones,
+which differ from patch to patch and so save less. Products are those of queries with keys,
+computed over all N x N. Dense is measured twice: this package's blocks of queries, and
+`jax.nn.dot_product_attention`. All alternate in one process; medians of wall time, and of CPU time
+of all threads, which other programs on the machine disturb less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_interact.interactions.windows import window_area
+from vit_interact.layout import TokenLayout
+from vit_interact.models.attend import fused_attention
+from vit_interact.models.window_attention import computed_share, window_attention
+
+HEADS, WIDTH = 6, 64
+GRIDS = ((224, 14), (518, 37), (1024, 64))
+COVERAGES = (0.5, 0.75, 0.9)
+
+
+def laplace_windows(layout: TokenLayout, coverage: float) -> np.ndarray:
+    """Centred boxes that hold a coverage of a smooth interaction, the same size everywhere."""
+    side = layout.rows
+    # The share within h/2 of the centre is 1 - exp(-h / 2s) along each axis; both together hold it.
+    scale = side / 8
+    size = int(np.clip(round(-2 * scale * np.log(1 - np.sqrt(coverage))), 1, side))
+    first = np.clip(layout.positions() - size // 2, 0, side - size)
+    return np.concatenate([first, first + size], axis=1).astype(np.int32)
+
+
+def box_windows(layout: TokenLayout, area: float) -> np.ndarray:
+    """Centred boxes of a share of the grid."""
+    size = max(1, round(layout.rows * area**0.5))
+    first = np.clip(layout.positions() - size // 2, 0, layout.rows - size)
+    return np.concatenate([first, first + size], axis=1).astype(np.int32)
+
+
+def times(
+    functions: dict[str, Callable[..., Any]], arguments: tuple[Any, ...], repeats: int
+) -> dict[str, dict[str, float]]:
+    """Median milliseconds of wall and CPU time and temporary MiB of each, taken in turns."""
+    compiled = {name: jax.jit(f).lower(*arguments).compile() for name, f in functions.items()}
+    for run in compiled.values():
+        jax.block_until_ready(run(*arguments))
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in compiled}
+    for _ in range(repeats):
+        for name, run in compiled.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            jax.block_until_ready(run(*arguments))
+            taken[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    result = {}
+    for name, run in compiled.items():
+        wall_ms, cpu_ms = 1e3 * np.median(np.array(taken[name]), axis=0)
+        memory = run.memory_analysis()
+        mib = memory.temp_size_in_bytes / 2**20 if memory else float("nan")
+        result[name] = {"wall_ms": wall_ms, "cpu_ms": cpu_ms, "temporary_mib": mib}
+    return result
+
+
+def measure(
+    layout: TokenLayout, windows: np.ndarray, repeats: int, backward: bool
+) -> dict[str, Any]:
+    """Dense and windowed attention of one layer and image, and what the windows save."""
+    rng = np.random.default_rng(0)
+    shape = (1, layout.num_tokens, HEADS, WIDTH)
+    query, key, value, grad = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(4))
+    boxes = jnp.asarray(windows)[None]
+
+    def whole(function: Callable[..., Any]) -> Callable[..., Any]:
+        if not backward:
+            return lambda q, k, v, w, g: function(q, k, v, w)
+        return lambda q, k, v, w, g: jax.vjp(lambda *x: function(*x, w), q, k, v)[1](g)
+
+    functions = {
+        "dense": whole(lambda q, k, v, w: fused_attention(q, k, v)),
+        "jax": whole(lambda q, k, v, w: jax.nn.dot_product_attention(q, k, v, scale=1.0)),
+        "windows": whole(lambda q, k, v, w: window_attention(q, k, v, w, layout)),
+    }
+    arguments = (query / WIDTH**0.5, key, value, boxes, grad)
+    return {
+        "patches": layout.num_patches,
+        "area": float(window_area(windows, layout).mean()),
+        "products": float(computed_share(windows, layout)),
+        **times(functions, arguments, repeats),
+    }
+
+
+def main() -> None:
+    """Prints the table, or one JSON object."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--backward", action="store_true", help="forward and backward together")
+    parser.add_argument("--windows", type=pathlib.Path, help="windows to time instead, a .npy file")
+    options = parser.parse_args()
+    setting = {
+        "device": jax.devices()[0].device_kind,
+        "cpu_count": os.cpu_count(),
+        "heads": HEADS,
+        "head_width": WIDTH,
+        "dtype": "float32",
+        "backward": options.backward,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+    if not options.json:
+        print(", ".join(f"{name} {value}" for name, value in setting.items()))
+        print(
+            f"{'what':>22} {'area':>5} {'products':>8} {'dense ms':>9} {'jax ms':>9} "
+            f"{'windows':>9} {'faster':>7} {'than jax':>8} {'(CPU time)':>12}"
+        )
+    results = []
+    for what, layout, windows in _cases(options.windows):
+        line = {"what": what, **measure(layout, windows, options.repeats, options.backward)}
+        results.append(line)
+        if not options.json:
+            print(_row(line), flush=True)
+    if options.json:
+        print(json.dumps({**setting, "results": results}))
+
+
+def _cases(file: pathlib.Path | None) -> list[tuple[str, TokenLayout, np.ndarray]]:
+    if file is not None:
+        given = np.load(file)
+        side = round(given.shape[-2] ** 0.5)
+        return [
+            (f"{file.stem} {number}", TokenLayout(side, side), one)
+            for number, one in enumerate(given.reshape(-1, *given.shape[-2:]))
+        ]
+    cases = []
+    for pixels, side in GRIDS:
+        layout = TokenLayout(side, side)
+        for coverage in COVERAGES:
+            windows = laplace_windows(layout, coverage)
+            cases.append((f"{pixels} px, coverage {coverage}", layout, windows))
+        cases.append((f"{pixels} px, quarter", layout, box_windows(layout, 0.25)))
+    return cases
+
+
+def _row(line: dict[str, Any]) -> str:
+    dense, peer, windows = (line[name] for name in ("dense", "jax", "windows"))
+    return (
+        f"{line['what']:>22} {line['area']:5.2f} {line['products']:8.2f} {dense['wall_ms']:9.1f} "
+        f"{peer['wall_ms']:9.1f} {windows['wall_ms']:9.1f} "
+        f"{dense['wall_ms'] / windows['wall_ms']:6.2f}x "
+        f"{peer['wall_ms'] / windows['wall_ms']:7.2f}x "
+        f"{dense['cpu_ms'] / windows['cpu_ms']:5.2f}x {peer['cpu_ms'] / windows['cpu_ms']:5.2f}x"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Attention that skips keys outside of windows against a mask over all keys."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_interact.interactions.windows import window_mask
+from vit_interact.layout import TokenLayout
+from vit_interact.models.attend import explicit_attention
+from vit_interact.models.window_attention import (
+    computed_share,
+    hilbert,
+    needed_blocks,
+    patch_blocks,
+    window_attention,
+)
+
+H, K = 2, 6
+
+
+def inputs(layout, batch=(2,), seed=0):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    shape = (*batch, layout.num_tokens, H, K)
+    return tuple(jax.random.normal(key, shape) for key in keys)
+
+
+def boxes(layout, reach, batch=(2,), seed=0):
+    """Windows that reach 0 to `reach - 1` patches to each side of their patch."""
+    rng = np.random.default_rng(seed)
+    before, after = rng.integers(0, reach, (2, *batch, layout.num_patches, 2))
+    place = layout.positions()
+    corners = np.concatenate([place - before, place + after + 1], axis=-1)
+    return np.clip(corners, 0, [layout.rows, layout.cols] * 2).astype(np.int32)
+
+
+def close(found, expected, tolerance=1e-5):
+    expected = np.asarray(expected)
+    np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max(), rtol=0)
+
+
+def masked(q, k, v, windows, layout):
+    mask = jnp.expand_dims(window_mask(windows, layout), -3)
+    return explicit_attention(q, k, v, None, mask).output
+
+
+@pytest.mark.parametrize(
+    ("layout", "reach"),
+    [
+        (TokenLayout(16, 16, 1), 3),  # whole blocks
+        (TokenLayout(19, 13, 5), 4),  # a block that is not full
+        (TokenLayout(9, 25, 0), 3),  # no prefix token
+        (TokenLayout(11, 11, 1), 40),  # windows of the whole grid: nothing to skip
+        (TokenLayout(3, 2, 1), 1),  # less than a block; each patch alone
+    ],
+)
+def test_equals_a_mask_with_its_derivatives(layout, reach):
+    q, k, v, g = inputs(layout)
+    windows = boxes(layout, reach)
+
+    sparse = lambda q, k, v: window_attention(q, k, v, windows, layout)  # noqa: E731
+    dense = lambda q, k, v: masked(q, k, v, windows, layout)  # noqa: E731
+    found, of_found = jax.jit(lambda *a: _both(sparse, g, *a))(q, k, v)
+    expected, of_expected = jax.jit(lambda *a: _both(dense, g, *a))(q, k, v)
+    close(found, expected)
+    for a, b in zip(of_found, of_expected, strict=True):
+        close(a, b)
+
+
+def _both(function, g, *arrays):
+    output, pull = jax.vjp(function, *arrays)
+    return output, pull(g)
+
+
+def test_leading_axes_one_set_of_windows_and_vmap():
+    layout = TokenLayout(12, 10, 1)
+    q, k, v, _ = inputs(layout, batch=(2, 2))
+    windows = boxes(layout, 4, batch=())
+    expected = masked(q, k, v, windows, layout)
+    attend = jax.jit(lambda q, k, v: window_attention(q, k, v, windows, layout))
+    close(attend(q, k, v), expected)
+    close(jax.jit(jax.vmap(attend))(q, k, v), expected)
+
+
+def test_bf16_and_windows_that_hold_nothing():
+    layout = TokenLayout(10, 10, 0)
+    q, k, v, _ = inputs(layout, batch=())
+    windows = boxes(layout, 4, batch=())
+    windows[7] = 0  # nobody's window, but it must give zeros as a mask does
+    attend = jax.jit(lambda q, k, v: window_attention(q, k, v, windows, layout))
+    found = attend(q, k, v)
+    close(found, masked(q, k, v, windows, layout))
+    assert (np.asarray(found[7]) == 0).all()
+    half = attend(*(x.astype(jnp.bfloat16) for x in (q, k, v)))
+    assert half.dtype == jnp.bfloat16
+    close(half.astype(jnp.float32), found, 0.03)
+
+
+@pytest.mark.parametrize("layout", [TokenLayout(8, 8), TokenLayout(37, 37), TokenLayout(5, 70)])
+def test_blocks_hold_each_patch_once(layout):
+    blocks = patch_blocks(layout)
+    patches = blocks.patches[blocks.real]
+    assert sorted(patches) == list(range(layout.num_patches))
+    for number, (top, left, bottom, right) in enumerate(blocks.box):
+        row, col = layout.positions()[blocks.patches[number][blocks.real[number]]].T
+        assert (row.min(), col.min(), row.max() + 1, col.max() + 1) == (top, left, bottom, right)
+
+
+def test_neighbours_on_the_curve_are_neighbours_on_the_grid():
+    row, col = TokenLayout(16, 16).positions().T
+    order = np.argsort(hilbert(row, col))
+    assert sorted(hilbert(row, col)) == list(range(256))
+    steps = np.abs(np.diff(row[order])) + np.abs(np.diff(col[order]))
+    assert (steps == 1).all()
+
+
+def test_needed_blocks_by_hand():
+    layout = TokenLayout(8, 8, 1)  # two blocks of 32 patches: the left half, then the right one
+    place = layout.positions()
+    windows = np.concatenate([place, place + 1], axis=1)
+    np.testing.assert_array_equal(needed_blocks(windows, layout), np.eye(2, dtype=bool))
+    windows[0] = [0, 0, 1, 5]  # patch 0 sees one patch of the right half
+    np.testing.assert_array_equal(needed_blocks(windows, layout), [[True, True], [False, True]])
+    # A step of four blocks for both, and the prefix token as query and as key.
+    share = (2 * 4 * 32**2 + 65 + 64) / 65**2
+    np.testing.assert_allclose(computed_share(windows, layout), share, rtol=1e-6)
+
+
+def test_wrong_shapes_are_refused():
+    layout = TokenLayout(4, 4, 1)
+    q, k, v, _ = inputs(layout)
+    with pytest.raises(ValueError, match=r"expected windows \[..., 16, 4\]"):
+        window_attention(q, k, v, np.zeros((15, 4), np.int32), layout)
+    with pytest.raises(ValueError, match="has 26 tokens"):
+        window_attention(q, k, v, np.zeros((25, 4), np.int32), TokenLayout(5, 5, 1))

@@ -1,0 +1,328 @@
+"""The mathematics of attention as pure functions: fused, explicit, and explicit block by block.
+
+Rows of attention do not depend on one another. `attend_in_blocks` therefore makes the weights of a
+few queries at a time and reduces them at once; the weights of a whole layer, `[B, H, N, N]`, never
+exist, neither forward nor backward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from vit_interact.layout import TokenLayout
+
+WEIGHT_BYTES = 8 * 2**20
+"""Attention weights that exist at a time, when nothing else is asked for: those of a ViT-S at 224
+pixels and batch 8 fit, so that such a layer is done at once. docs/kernels.md has the measurement.
+"""
+
+ACCELERATOR_BYTES = 512 * 2**20
+"""The same on an accelerator, which wants larger pieces of work."""
+
+SMALLEST_BLOCK = 16
+_OUTPUT = "output"
+
+
+class Attended(NamedTuple):
+    """Everything one attention layer computed, for all its queries or a block of them.
+
+    Attributes:
+      query: `[B, M, H, K]`, scaled by `1/sqrt(K)`.
+      key: `[B, N, H, K]`.
+      values: `[B, N, H, K]`.
+      logits: `[B, H, M, N]` after mask and bias, float32 or wider.
+      weights: `[B, H, M, N]`, rows sum to 1, float32 or wider.
+      output: `[B, M, H, K]`, one output for each head.
+      out_kernel: `[H, K, D]`, multiplied by LayerScale where the model has it; None when unknown.
+      queries: which tokens the `M` queries are; None for all, in order.
+      prefix: whether they are the prefix tokens and no others.
+    """
+
+    query: Array
+    key: Array
+    values: Array
+    logits: Array
+    weights: Array
+    output: Array
+    out_kernel: Array | None
+    queries: Int[Array, " M"] | Int[np.ndarray, " M"] | None = None
+    prefix: bool = False
+
+
+class Summed(NamedTuple):
+    """Marks what a reduction adds up over queries: blocks are added, not put side by side."""
+
+    total: Array
+
+
+@struct.dataclass
+class SeparableBias:
+    """An additive bias on patch-to-patch logits that is a sum of a row and a column factor.
+
+    The logit of query patch `i` and key patch `(r, c)` gets `rows[..., i, r] + cols[..., i, c]`.
+    Prefix tokens get none.
+
+    Attributes:
+      rows: `[B, H', P, R]`, `H'` being 1 or the number of heads.
+      cols: `[B, H', P, C]`.
+    """
+
+    # Any, since transformations of jax put placeholders into trees.
+    rows: Any
+    cols: Any
+
+    def full(self, tokens: int) -> Float[Array, "B G N N"]:
+        """The bias over all `tokens`, 0 for the prefix tokens that stand before the patches."""
+        total = self._boxes()
+        prefix = tokens - total.shape[-1]
+        return jnp.pad(total, [(0, 0)] * (total.ndim - 2) + [(prefix, 0)] * 2)
+
+    def of_queries(self, queries: Int[Array, " M"] | Int[np.ndarray, " M"], tokens: int) -> Array:
+        """Rows `[B, H', M, N]` of `full`, for the tokens `queries`."""
+        prefix = tokens - self.rows.shape[-1] * self.cols.shape[-1]
+        patch = jnp.maximum(jnp.asarray(queries) - prefix, 0)
+        picked = SeparableBias(jnp.take(self.rows, patch, -2), jnp.take(self.cols, patch, -2))
+        total = jnp.where(jnp.asarray(queries)[:, None] >= prefix, picked._boxes(), 0)
+        return jnp.pad(total, [(0, 0)] * (total.ndim - 1) + [(prefix, 0)])
+
+    def _boxes(self) -> Array:
+        total = self.rows[..., :, :, None] + self.cols[..., :, None, :]
+        return total.reshape(*total.shape[:-2], -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class QueryBlocks:
+    """Which queries are worked on together. Hashable, so that it can be static under `jit`.
+
+    Attributes:
+      size: most queries in a block, but for whole columns of the grid.
+      layout: None for blocks of neighbouring tokens; else blocks of whole columns of the grid, as
+        the search for windows wants them, and one of the prefix tokens.
+    """
+
+    size: int
+    layout: TokenLayout | None = None
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"a block needs at least one query, got {self.size}")
+
+    def groups(self, tokens: int) -> tuple[Int[np.ndarray, "blocks M"], ...]:
+        """Numbers of the tokens of each block; blocks of one group have the same size.
+
+        The last block of neighbouring tokens starts early enough to be full: its first queries are
+        done twice.
+        """
+        layout = self.layout
+        if layout is None:
+            count = -(-tokens // self.size)
+            size = -(-tokens // count)
+            first = np.minimum(np.arange(count) * size, tokens - size)
+            return ((first[:, None] + np.arange(size)).astype(np.int32),)
+        most = max(1, self.size // layout.rows)
+        together = max(n for n in range(1, layout.cols + 1) if layout.cols % n == 0 and n <= most)
+        numbers = layout.prefix + np.arange(layout.num_patches, dtype=np.int32)
+        columns = numbers.reshape(layout.rows, layout.cols).T.reshape(-1, together * layout.rows)
+        return (np.arange(layout.prefix, dtype=np.int32)[None], columns)[layout.prefix == 0 :]
+
+
+def suitable_blocks(batch: int, heads: int, queries: int, keys: int) -> QueryBlocks | None:
+    """Blocks whose weights take about `WEIGHT_BYTES`; None where those of all queries do."""
+    cpu = jax.default_backend() == "cpu"
+    size = (WEIGHT_BYTES if cpu else ACCELERATOR_BYTES) // max(1, 4 * batch * heads * keys)
+    return None if size >= queries else QueryBlocks(max(size, SMALLEST_BLOCK))
+
+
+def attention_logits(
+    query: Float[Array, "*B N H K"],
+    key: Float[Array, "*B M H K"],
+    bias: Float[Array, ...] | None = None,
+    mask: Bool[Array, ...] | None = None,
+) -> Float[Array, "*B H N M"]:
+    """`query · key` plus bias, masked entries at the type's lowest number; float32 or wider."""
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    # Heads to the front first: left to einsum, XLA's CPU multiplies strided matrices, and attention
+    # takes twice as long.
+    query, key = _heads_first(query), _heads_first(key)
+    logits = jnp.einsum("...hik,...hjk->...hij", query, key, preferred_element_type=dtype)
+    if bias is not None:
+        logits = logits + bias.astype(dtype)
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.finfo(dtype).min)
+    return logits
+
+
+def attention_weights(
+    logits: Float[Array, "*B H N M"], mask: Bool[Array, ...] | None = None
+) -> Float[Array, "*B H N M"]:
+    """Softmax over keys; a row with every key masked is 0 instead of uniform or NaN."""
+    weights = jax.nn.softmax(logits, axis=-1)
+    if mask is not None:
+        # Zeroing masked keys once more matters in rows that mask all of them.
+        weights = jnp.where(mask, weights, 0)
+    return weights
+
+
+def explicit_attention(
+    query: Float[Array, "*B N H K"],
+    key: Float[Array, "*B M H K"],
+    value: Float[Array, "*B M H K"],
+    bias: Float[Array, ...] | None = None,
+    mask: Bool[Array, ...] | None = None,
+    out_kernel: Float[Array, "H K D"] | None = None,
+) -> Attended:
+    """Attention that keeps its weights. `query` is already scaled; see `Attended` for shapes."""
+    logits = attention_logits(query, key, bias, mask)
+    weights = attention_weights(logits, mask)
+    each = jnp.einsum("...hij,...hjk->...hik", weights.astype(value.dtype), _heads_first(value))
+    output = jnp.swapaxes(each, -3, -2)
+    return Attended(query, key, value, logits, weights, output, out_kernel)
+
+
+def attend_in_blocks(
+    inputs: tuple[Any, ...],
+    blocks: QueryBlocks,
+    reduce: Callable[..., dict[str, Any]] | None = None,
+    output_grad: Float[Array, "*B N H K"] | None = None,
+) -> tuple[Float[Array, "*B N H K"], dict[str, Array]]:
+    """Attention whose weights exist for one block of queries at a time, forward and backward.
+
+    Args:
+      inputs: `(query, key, value, bias, mask, out_kernel)` as `explicit_attention` takes them; the
+        bias may be a `SeparableBias`, which is then never made in full.
+      blocks: which queries are worked on together.
+      reduce: maps the `Attended` of a block, and its gradients `[..., M, H, K]` where `output_grad`
+        is given, to arrays `[..., M, ...]` or `Summed` arrays.
+      output_grad: derivative of the score by the output.
+
+    Returns:
+      The output, and what `reduce` gave for all queries, in the order of tokens.
+    """
+    query, key, value, bias, mask, out_kernel = inputs
+    tokens, axis = query.shape[-3], query.ndim - 3
+    # Transposed here once, and back in each block, where that cancels.
+    key, value = _heads_first(key), _heads_first(value)
+
+    def block(q: Array, g: Array | None, queries: Any, prefix: bool) -> dict[str, Any]:
+        rows = _rows_of(bias, queries, key.shape[-2]), _rows_of(mask, queries, key.shape[-2])
+        sides = _heads_first(key), _heads_first(value)
+        attended = explicit_attention(q, *sides, *rows, out_kernel)
+        attended = attended._replace(queries=queries, prefix=prefix)
+        arguments = (attended,) if g is None else (attended, g)
+        return {_OUTPUT: attended.output, **(reduce(*arguments) if reduce else {})}
+
+    groups, found = blocks.groups(tokens), []
+    for place, numbers in enumerate(groups):
+        prefix = len(groups) > 1 and place == 0
+
+        def one(xs: Any, prefix: bool = prefix) -> dict[str, Any]:
+            # Without this, a derivative would keep the weights of all blocks.
+            step = jax.checkpoint(block, prevent_cse=False, static_argnums=(3,))
+            return step(*xs, prefix)
+
+        xs = (_pick(query, numbers, axis), _pick(output_grad, numbers, axis), numbers)
+        found.append(lax.map(one, xs))
+    joined = _join(found, groups, axis)
+    return joined.pop(_OUTPUT), joined
+
+
+def _pick(array: Array | None, numbers: np.ndarray, axis: int) -> Array | None:
+    """The tokens of each block, blocks first."""
+    if array is None:
+        return None
+    picked = jnp.take(array, numbers.reshape(-1), axis=axis)
+    shape = (*array.shape[:axis], *numbers.shape, *array.shape[axis + 1 :])
+    return jnp.moveaxis(picked.reshape(shape), axis, 0)
+
+
+def _rows_of(whole: Any, queries: Any, tokens: int) -> Array | None:
+    """Rows of a bias or mask that broadcasts to `[..., H, N, N]`."""
+    if isinstance(whole, SeparableBias):
+        return whole.of_queries(queries, tokens)
+    if whole is None or whole.shape[-2] == 1:
+        return whole
+    return jnp.take(whole, queries, axis=-2)
+
+
+def _join(
+    found: list[dict[str, Any]], groups: tuple[np.ndarray, ...], axis: int
+) -> dict[str, Array]:
+    """Puts blocks together: in the order of tokens, or added up."""
+    joined = {}
+    for name in {name: None for part in found for name in part}:
+        having = [(part[name], g) for part, g in zip(found, groups, strict=True) if name in part]
+        numbers = np.concatenate([g.reshape(-1) for _, g in having])
+        order = np.unique(numbers, return_index=True)[1]
+        if isinstance(having[0][0], Summed):
+            if len(order) != len(numbers):
+                raise ValueError("blocks that share queries cannot be added up")
+            joined[name] = sum(part.total.sum(axis=0) for part, _ in having)
+            continue
+        flat = [
+            jnp.moveaxis(part, 0, axis).reshape(
+                *part.shape[1 : axis + 1], -1, *part.shape[axis + 2 :]
+            )
+            for part, _ in having
+        ]
+        rows = flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=axis)
+        joined[name] = _in_order(rows, order, axis)
+    return joined
+
+
+def _in_order(rows: Array, order: np.ndarray, axis: int) -> Array:
+    """`jnp.take(rows, order, axis)`, by slices where the order is but a few runs."""
+    runs = np.split(order, np.flatnonzero(np.diff(order) != 1) + 1)
+    if len(runs) > 3:
+        return jnp.take(rows, order, axis=axis)
+    slices = [lax.slice_in_dim(rows, run[0], run[-1] + 1, axis=axis) for run in runs]
+    return slices[0] if len(slices) == 1 else jnp.concatenate(slices, axis=axis)
+
+
+def _heads_first(array: Float[Array, "*B N H K"]) -> Float[Array, "*B H N K"]:
+    return jnp.swapaxes(array, -3, -2)
+
+
+def fused_attention(
+    query: Float[Array, "*B N H K"],
+    key: Float[Array, "*B M H K"],
+    value: Float[Array, "*B M H K"],
+    mask: Bool[Array, ...] | None = None,
+) -> Float[Array, "*B N H K"]:
+    """The same output by the fastest way of the device; weights are not available.
+
+    On a CPU, `jax.nn.dot_product_attention` is slower than the explicit path and makes all weights
+    at once, so there the output comes from blocks of queries.
+    """
+    given = () if mask is None else (mask,)
+    return lax.platform_dependent(
+        query, key, value, *given, cpu=_fused_on_cpu, default=_dot_product_attention
+    )
+
+
+def _fused_on_cpu(query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
+    *batch, queries, heads, _ = query.shape
+    blocks = suitable_blocks(math.prod(batch), heads, queries, key.shape[-3])
+    if blocks is None:
+        return explicit_attention(query, key, value, None, mask).output
+    return attend_in_blocks((query, key, value, None, mask, None), blocks)[0]
+
+
+def _dot_product_attention(
+    query: Array, key: Array, value: Array, mask: Array | None = None
+) -> Array:
+    output = jax.nn.dot_product_attention(query, key, value, mask=mask, scale=1.0)
+    if mask is not None:
+        # jax attends uniformly in a row with every key masked; ours contributes nothing.
+        attends = jnp.any(mask, axis=-1)  # [B or 1, H or 1, N or 1]
+        output = jnp.where(jnp.swapaxes(attends, -1, -2)[..., None], output, 0)
+    return output
