@@ -1,7 +1,7 @@
 """Temporary memory of measuring against that of the forward pass, from the compiled programs.
 
     python -m benchmarks.memory [--model vit_s16] [--batch 8] [--json]
-    python -m benchmarks.memory --image-size 512 --batch 1 --only edge
+    python -m benchmarks.memory --image-size 1024 --batch 1 --depth 2 --only leave_one_out edge
 
 Nothing is run: the compiler says what it would allocate. Outputs (the maps themselves) are not
 temporaries and are listed apart. At high resolution each indicator has three rows: blocks of
@@ -73,12 +73,17 @@ def main() -> None:
     parser.add_argument("--model", default="vit_s16", choices=vi.list_models())
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--image-size", type=int, help="pixels; the model's own without it")
+    parser.add_argument("--depth", type=int, help="layers; the model's own without it")
     parser.add_argument("--only", nargs="+", choices=tuple(vx.INDICATORS), help="indicators")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
 
-    size = {} if options.image_size is None else {"image_size": (options.image_size,) * 2}
-    model = vi.create_model(options.model, **size)
+    changes: dict[str, Any] = {}
+    if options.image_size is not None:
+        changes["image_size"] = (options.image_size,) * 2
+    if options.depth is not None:
+        changes["depth"] = options.depth
+    model = vi.create_model(options.model, **changes)
     images = jax.ShapeDtypeStruct((options.batch, *model.config.image_size, 3), "float32")
     params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
 
@@ -104,7 +109,7 @@ def main() -> None:
             rows[name + way] = compiled(
                 lambda p, x, name=name, choice=choice: vi.measure(model, p, x, (name,), **choice)
             )
-    if options.image_size is None and not options.only:
+    if not (changes or options.only):
         rows |= _training(model, images)
     for name, row in rows.items():
         if "ratio" in row:
@@ -115,6 +120,7 @@ def main() -> None:
         "model": options.model,
         "batch": options.batch,
         "image_size": model.config.image_size,
+        "depth": model.config.depth,
         "dtype": model.config.dtype,
         "device": jax.devices()[0].device_kind,
         "machine": platform.machine(),

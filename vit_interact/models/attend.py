@@ -22,14 +22,14 @@ from jaxtyping import Array, Bool, Float, Int
 from vit_interact.layout import TokenLayout
 
 WEIGHT_BYTES = 8 * 2**20
-"""Attention weights that exist at a time, when nothing else is asked for: those of a ViT-S at 224
-pixels and batch 8 fit, so that such a layer is done at once. docs/kernels.md has the measurement.
-"""
+"""Attention weights that exist at a time, when nothing else is asked for (docs/kernels.md)."""
 
 ACCELERATOR_BYTES = 512 * 2**20
 """The same on an accelerator, which wants larger pieces of work."""
 
-SMALLEST_BLOCK = 16
+SMALLEST_BLOCK = 128
+"""Queries in a block at least: of fewer, what is done anew for each block takes over."""
+
 _OUTPUT = "output"
 
 
@@ -137,10 +137,11 @@ class QueryBlocks:
 
 
 def suitable_blocks(batch: int, heads: int, queries: int, keys: int) -> QueryBlocks | None:
-    """Blocks whose weights take about `WEIGHT_BYTES`; None where those of all queries do."""
+    """Blocks whose weights take about `WEIGHT_BYTES`; None where two blocks would do."""
     cpu = jax.default_backend() == "cpu"
     size = (WEIGHT_BYTES if cpu else ACCELERATOR_BYTES) // max(1, 4 * batch * heads * keys)
-    return None if size >= queries else QueryBlocks(max(size, SMALLEST_BLOCK))
+    size = max(size, SMALLEST_BLOCK)
+    return None if 2 * size >= queries else QueryBlocks(size)
 
 
 def attention_logits(
