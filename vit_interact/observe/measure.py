@@ -72,7 +72,7 @@ def measure(
     keep: Keep = None,
     mask: LayerMask = None,
     block: int | None = None,
-    reduce: Literal["fields"] | None = None,
+    reduce: str | None = None,
     coverage: float | Sequence[float] = 0.9,
 ) -> dict[str, Float[Array, "L B N N"]] | dict[str, Fields]:
     """Measures the impact of every token on every other one, in one compiled call.
