@@ -106,7 +106,8 @@ def attention_logits(
 ) -> Float[Array, "*B H N M"]:
     """`query · key` plus bias, masked entries at the type's lowest number; float32 or wider."""
     dtype = jnp.promote_types(query.dtype, jnp.float32)
-    logits = jnp.einsum("...ihk,...jhk->...hij", query, key, preferred_element_type=dtype)
+    query, key = _heads_first(query), _heads_first(key)
+    logits = jnp.einsum("...hik,...hjk->...hij", query, key, preferred_element_type=dtype)
     if bias is not None:
         logits = logits + bias.astype(dtype)
     if mask is not None:
@@ -136,8 +137,17 @@ def explicit_attention(
     """Attention that keeps its weights. `query` is already scaled; see `Attended` for shapes."""
     logits = attention_logits(query, key, bias, mask)
     weights = attention_weights(logits, mask)
-    output = jnp.einsum("...hij,...jhk->...ihk", weights.astype(value.dtype), value)
+    output = jnp.einsum("...hij,...hjk->...hik", weights.astype(value.dtype), _heads_first(value))
+    output = jnp.swapaxes(output, -2, -3)
     return Attended(query, key, value, logits, weights, output, out_kernel)
+
+
+def _heads_first(array: Float[Array, "*B N H K"]) -> Float[Array, "*B H N K"]:
+    """Small tensors are transposed, so that no product needs its weights `[H, N, N]` transposed.
+
+    XLA's CPU compiler does that for the einsum `...hij,...jhk->...ihk`.
+    """
+    return jnp.swapaxes(array, -2, -3)
 
 
 def fused_attention(
@@ -146,7 +156,13 @@ def fused_attention(
     value: Float[Array, "*B M H K"],
     mask: Bool[Array, ...] | None = None,
 ) -> Float[Array, "*B N H K"]:
-    """The same output through `jax.nn.dot_product_attention`; weights are not available."""
+    """The same output through `jax.nn.dot_product_attention`; weights are not available.
+
+    On CPU that function transposes the weights and takes up to twice as long as our own
+    (docs/benchmarks.md), so there it is `explicit_attention`.
+    """
+    if jax.default_backend() == "cpu":
+        return explicit_attention(query, key, value, mask=mask).output
     output = jax.nn.dot_product_attention(query, key, value, mask=mask, scale=1.0)
     if mask is not None:
         # jax attends uniformly in a row with every key masked; ours contributes nothing.
