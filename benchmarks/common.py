@@ -10,7 +10,9 @@ import argparse
 import dataclasses
 import datetime
 import importlib.metadata
+import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -193,6 +195,13 @@ class Report:
         versions = found.pop("versions")
         print(", ".join(f"{name} {value}" for name, value in (found | versions).items()))
         print("\n".join(text_table(rows)))
+
+
+def add_growth(rows: Sequence[Row], column: str) -> None:
+    """Adds the exponent with which `column` grows with `patches` from row to row."""
+    for before, row in itertools.pairwise(rows):
+        more = math.log(row["patches"] / before["patches"])
+        row["growth"] = math.log(row[column] / before[column]) / more
 
 
 def _arguments() -> list[str]:
