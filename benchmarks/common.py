@@ -7,6 +7,7 @@ with `--json`, as one JSON object, which `tools/benchmark_tables.py` turns into 
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import datetime
 import importlib.metadata
@@ -54,6 +55,22 @@ def some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
 def numbers(text: str) -> list[int]:
     """An argparse type: whole numbers with commas between them."""
     return [int(part) for part in text.split(",")]
+
+
+def add_measure(parser: argparse.ArgumentParser) -> None:
+    """Adds `--measure NAME=VALUE`, given any number of times: arguments of `vi.measure`."""
+    parser.add_argument(
+        "--measure", action="append", default=[], type=_argument, metavar="NAME=VALUE",
+        help="an argument of vi.measure, such as layers=(0,5)",
+    )  # fmt: skip
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
 
 
 @dataclasses.dataclass(frozen=True)

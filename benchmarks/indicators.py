@@ -16,7 +16,6 @@ ours over PyTorch's for the same thing (SDPA for the forward pass), each the med
 from __future__ import annotations
 
 import argparse
-import ast
 import ctypes
 import importlib.util
 import json
@@ -69,8 +68,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--no-peer", action="store_true", help="without PyTorch")
     parser.add_argument("--memory", action="store_true", help="peak memory in processes of their own")
-    parser.add_argument("--measure", action="append", default=[], metavar="NAME=VALUE",
-                        help="an argument of vi.measure, such as layers=(0,5)")  # fmt: skip
+    common.add_measure(parser)
     parser.add_argument("--peaks-of", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     models, batches = _FULL if options.full else _SHORT
@@ -78,7 +76,7 @@ def main() -> None:
     peer = not options.no_peer and importlib.util.find_spec("transformers") is not None
     if not peer and not options.no_peer:
         print('PyTorch is not here: pip install -e ".[bench]"', file=sys.stderr)
-    arguments = dict(_argument(text) for text in options.measure)
+    arguments = dict(options.measure)
     if options.peaks_of:
         case = make_case(models[0], batches[0], options.indicators, options.dtype, peer, arguments)
         print(json.dumps({name: _peak(call) for name, call in getattr(case, options.peaks_of).items()}))
@@ -215,14 +213,6 @@ def _difference(ours: Any, theirs: Any) -> float:
     return float(np.abs(np.asarray(ours, np.float32) - expected).max() / np.abs(expected).max())
 
 
-def _argument(text: str) -> tuple[str, Any]:
-    name, _, value = text.partition("=")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
-
-
 def _add_peaks(
     rows: list[common.Row], name: str, batch: int, options: argparse.Namespace, peer: bool
 ) -> None:
@@ -233,7 +223,7 @@ def _add_peaks(
         command = [
             sys.executable, "-m", "benchmarks.indicators", "--peaks-of", side, "--models", name,
             "--batches", str(batch), "--indicators", ",".join(options.indicators),
-            "--dtype", options.dtype, *(f"--measure={text}" for text in options.measure),
+            "--dtype", options.dtype, *(f"--measure={key}={value!r}" for key, value in options.measure),
             *(["--no-peer"] if options.no_peer else []),
         ]  # fmt: skip
         found = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
