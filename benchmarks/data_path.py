@@ -38,15 +38,20 @@ def main() -> None:
     """Runs the benchmark."""
     parser = common.make_parser(__doc__, repeats=5)
     parser.add_argument("--images", type=Path, default=sample_weights().parent / "caltech101",
-                        help="folder of class folders; the embedded photographs if unset")  # fmt: skip
+                        help="folder; the embedded photographs if unset")  # fmt: skip
     parser.add_argument("--limit", type=int, default=192, help="photographs")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
     paths = find_images([options.images])[: options.limit]
-    fixed = {"images": len(paths), "mean_kb": sum(p.stat().st_size for p in paths) / len(paths) / 1e3,
-             "pixels": options.size, "batch": options.batch, "threads": options.threads}  # fmt: skip
+    fixed = {
+        "images": len(paths),
+        "mean_kb": sum(path.stat().st_size for path in paths) / len(paths) / 1e3,
+        "pixels": options.size,
+        "batch": options.batch,
+        "threads": options.threads,
+    }
     report = common.Report("data_path", fixed, ("pillow", "grain", "simplejpeg", "array_record"))
     for row in stages(paths, options):
         report.add(**row)

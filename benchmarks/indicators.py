@@ -60,14 +60,18 @@ class Case(NamedTuple):
 def main() -> None:
     """Runs the benchmark."""
     parser = common.make_parser(__doc__, repeats=7)
-    parser.add_argument("--full", action="store_true", help=f"models {_FULL[0]}, batches {_FULL[1]}")
+    parser.add_argument(
+        "--full", action="store_true", help=f"models {_FULL[0]}, batches {_FULL[1]}"
+    )
     parser.add_argument("--models", type=lambda text: text.split(","), help="NAME or NAME@PIXELS")
     parser.add_argument("--batches", type=common.numbers)
     parser.add_argument("--indicators", type=common.some_of(tuple(vx.INDICATORS)),
                         default=list(vx.INDICATORS))  # fmt: skip
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--no-peer", action="store_true", help="without PyTorch")
-    parser.add_argument("--memory", action="store_true", help="peak memory in processes of their own")
+    parser.add_argument(
+        "--memory", action="store_true", help="peak memory in processes of their own"
+    )
     common.add_measure(parser)
     parser.add_argument("--peaks-of", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -79,7 +83,11 @@ def main() -> None:
     arguments = dict(options.measure)
     if options.peaks_of:
         case = make_case(models[0], batches[0], options.indicators, options.dtype, peer, arguments)
-        print(json.dumps({name: _peak(call) for name, call in getattr(case, options.peaks_of).items()}))
+        print(
+            json.dumps(
+                {name: _peak(call) for name, call in getattr(case, options.peaks_of).items()}
+            )
+        )
         return
     fixed = {"dtype": options.dtype, "layers": "all", "measure": arguments or "defaults"}
     report = common.Report("indicators", fixed, ("torch", "transformers"))

@@ -105,7 +105,9 @@ class Run:
         config.batch_size, config.optimizer.name = batch, "sgd"
         config.augment.crop, config.augment.flip = (), False
         if name is None:
-            model = vi.create_model("vit_ti16", num_classes=16, image_size=64, dtype=dtype, **_SMALL)
+            model = vi.create_model(
+                "vit_ti16", num_classes=16, image_size=64, dtype=dtype, **_SMALL
+            )
         else:
             model = vi.create_model(name, dtype=dtype)
         self.model, self.size = model, model.config.image_size
