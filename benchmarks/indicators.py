@@ -60,18 +60,14 @@ class Case(NamedTuple):
 def main() -> None:
     """Runs the benchmark."""
     parser = common.make_parser(__doc__, repeats=7)
-    parser.add_argument(
-        "--full", action="store_true", help=f"models {_FULL[0]}, batches {_FULL[1]}"
-    )
+    parser.add_argument("--full", action="store_true", help="all cases of the targets")
     parser.add_argument("--models", type=lambda text: text.split(","), help="NAME or NAME@PIXELS")
     parser.add_argument("--batches", type=common.numbers)
     parser.add_argument("--indicators", type=common.some_of(tuple(vx.INDICATORS)),
                         default=list(vx.INDICATORS))  # fmt: skip
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--no-peer", action="store_true", help="without PyTorch")
-    parser.add_argument(
-        "--memory", action="store_true", help="peak memory in processes of their own"
-    )
+    parser.add_argument("--memory", action="store_true", help="peaks, in processes of their own")
     common.add_measure(parser)
     parser.add_argument("--peaks-of", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -231,7 +227,8 @@ def _add_peaks(
         command = [
             sys.executable, "-m", "benchmarks.indicators", "--peaks-of", side, "--models", name,
             "--batches", str(batch), "--indicators", ",".join(options.indicators),
-            "--dtype", options.dtype, *(f"--measure={key}={value!r}" for key, value in options.measure),
+            "--dtype", options.dtype,
+            *(f"--measure={key}={value!r}" for key, value in options.measure),
             *(["--no-peer"] if options.no_peer else []),
         ]  # fmt: skip
         found = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])

@@ -1,7 +1,7 @@
 """Training on 1, 2, 4 and 8 simulated devices and in 2 processes: is it the same, what is sent?
 
-    python -m benchmarks.scaling [--json]                       # correctness and volume, small model
-    python -m benchmarks.scaling --volume-of vit_b16 --batch 256  # volume of a real one, compiled only
+    python -m benchmarks.scaling [--json]                 # correctness and volume, small model
+    python -m benchmarks.scaling --volume-of vit_b16      # volume of a real one, compiled only
 
 For every strategy and number of devices one real training step runs on the same batch; `difference`
 is the largest absolute one of any parameter to one device's; for two processes, of any parameter's
@@ -105,9 +105,8 @@ class Run:
         config.batch_size, config.optimizer.name = batch, "sgd"
         config.augment.crop, config.augment.flip = (), False
         if name is None:
-            model = vi.create_model(
-                "vit_ti16", num_classes=16, image_size=64, dtype=dtype, **_SMALL
-            )
+            small = {**_SMALL, "image_size": 64, "dtype": dtype}
+            model = vi.create_model("vit_ti16", num_classes=16, **small)
         else:
             model = vi.create_model(name, dtype=dtype)
         self.model, self.size = model, model.config.image_size

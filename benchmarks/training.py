@@ -4,9 +4,9 @@
 
 The data path reads the embedded photographs again and again: decoded each time or kept in memory,
 with augmentation by the host and without, and with it by the device. Then training steps (plain,
-with predicted windows, with guidance of them) and indicator runs take turns in one process. `mfu` is
-the step's matrix products over the device's peak; the last rows are what guidance, and an indicator
-every 100 steps, cost.
+with predicted windows, with guidance of them) and indicator runs take turns in one process. `mfu`
+is the step's matrix products over the device's peak; the last rows are what guidance, and an
+indicator every 100 steps, cost.
 """
 
 from __future__ import annotations

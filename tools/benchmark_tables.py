@@ -90,9 +90,10 @@ def describe(found: dict[str, Any]) -> str:
     known = ("benchmark", "command", "date", "device", "processor", "cores", "load_before",
              "python", "versions", "rows")  # fmt: skip
     fixed = ", ".join(f"{key} {shown(value)}" for key, value in found.items() if key not in known)
+    cores = "1 core" if found["cores"] == 1 else f"{found['cores']} cores"
     line = (
-        f"`{found['command']}`; {found['date']}, {found['device']}, {found['cores']} "
-        f"{'core' if found['cores'] == 1 else 'cores'} of {found['processor']}; {versions}; {fixed}."
+        f"`{found['command']}`; {found['date']}, {found['device']}, {cores} of "
+        f"{found['processor']}; {versions}; {fixed}."
     )
     if busy:
         line += (
