@@ -21,6 +21,10 @@ EXTRAS = {
     "notebook": ["anywidget", "jupyterlab"],
     # Drives the report and runs the notebooks of colabs/ in tests; also needs chromium.
     "browser": ["anywidget", "ipykernel", "nbclient", "nbformat", "playwright"],
+    # Decodes JPEG files in two thirds of Pillow's time, to the same pixels (docs/benchmarks.md).
+    "jpeg": ["simplejpeg"],
+    # What benchmarks compare with; pinned, so that figures can be had again.
+    "bench": ["scipy==1.17.1", "simplejpeg==1.9.0", "torch==2.13.0", "transformers==5.24.0"],
     "cuda": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
     "dev": [

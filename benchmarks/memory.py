@@ -13,10 +13,7 @@ patch, or each patch and head, predicts.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 import vit_interact as vi
+from benchmarks import common
 from vit_interact import interactions as vx
 from vit_interact.models.attend import suitable_blocks
 from vit_interact.models.attention import Taps
@@ -63,19 +61,14 @@ def _training(model: ViT, images: Any) -> dict[str, dict[str, float]]:
     return rows
 
 
-def _needs_backward(row: str) -> bool:
-    return "output_grad" in vx.NEEDS.get(row.partition(",")[0], ())
-
-
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = common.make_parser(__doc__, repeats=0)
     parser.add_argument("--model", default="vit_s16", choices=vi.list_models())
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--image-size", type=int, help="pixels; the model's own without it")
     parser.add_argument("--depth", type=int, help="layers; the model's own without it")
     parser.add_argument("--only", nargs="+", choices=tuple(vx.INDICATORS), help="indicators")
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
 
     changes: dict[str, Any] = {}
@@ -86,6 +79,11 @@ def main() -> None:
     model = vi.create_model(options.model, **changes)
     images = jax.ShapeDtypeStruct((options.batch, *model.config.image_size, 3), "float32")
     params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    fixed = {
+        "model": options.model, "batch": options.batch, "image_size": model.config.image_size,
+        "depth": model.config.depth, "dtype": model.config.dtype,
+    }  # fmt: skip
+    report = common.Report("memory", fixed)
 
     def compiled(function: Callable[..., Any]) -> dict[str, float]:
         memory = jax.jit(function).lower(params, images).compile().memory_analysis()
@@ -97,48 +95,28 @@ def main() -> None:
     def backward(params: Any, images: Any) -> Any:
         return jax.grad(lambda x: model.apply({"params": params}, x).max(-1).sum())(images)
 
-    forward = compiled(lambda p, x: model.apply({"params": p}, x))
-    both = compiled(backward)
-    rows = {"forward": forward, "forward + backward": both}
+    bases = {
+        "forward": compiled(lambda p, x: model.apply({"params": p}, x)),
+        "forward + backward": compiled(backward),
+    }
+    for name, row in bases.items():
+        report.add(what=name, **row, ratio=1.0, to=name)
     tokens, heads = model.config.layout.num_tokens, model.config.heads
     ways: dict[str, dict[str, Any]] = {"": {}}
     if suitable_blocks(options.batch, heads, tokens, tokens) is not None:
         ways |= {", all queries at once": {"block": tokens}, ", fields": {"reduce": "fields"}}
     for name in options.only or vx.INDICATORS:
+        base = "forward + backward" if "output_grad" in vx.NEEDS[name] else "forward"
         for way, choice in ways.items():
-            rows[name + way] = compiled(
+            row = compiled(
                 lambda p, x, name=name, choice=choice: vi.measure(model, p, x, (name,), **choice)
             )
+            ratio = row["temporary_mib"] / bases[base]["temporary_mib"]
+            report.add(what=name + way, **row, ratio=ratio, to=base)
     if not (changes or options.only):
-        rows |= _training(model, images)
-    for name, row in rows.items():
-        if "ratio" in row:
-            continue
-        base = both if _needs_backward(name) else forward
-        row["ratio"] = row["temporary_mib"] / base["temporary_mib"]
-    report = {
-        "model": options.model,
-        "batch": options.batch,
-        "image_size": model.config.image_size,
-        "depth": model.config.depth,
-        "dtype": model.config.dtype,
-        "device": jax.devices()[0].device_kind,
-        "machine": platform.machine(),
-        "jax": jax.__version__,
-        "rows": rows,
-    }
-    if options.json:
-        print(json.dumps(report, indent=1))
-        return
-    print({key: value for key, value in report.items() if key != "rows"})
-    print(f"{'':38}{'temporary MiB':>14}{'outputs MiB':>13}{'ratio':>7}  to")
-    for name, row in rows.items():
-        base_name = "forward + backward" if _needs_backward(name) else "forward"
-        base_name = _EXPLICIT if name.startswith(_EXPLICIT[:8]) else base_name
-        print(
-            f"{name:38}{row['temporary_mib']:14.1f}{row['output_mib']:13.1f}{row['ratio']:7.2f}"
-            f"  {base_name}"
-        )
+        for name, row in _training(model, images).items():
+            report.add(what=name, **row, to=_EXPLICIT)
+    report.show(options.json)
 
 
 if __name__ == "__main__":

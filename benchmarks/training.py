@@ -4,23 +4,22 @@
 
 The data path reads the embedded photographs again and again: decoded each time or kept in memory,
 with augmentation by the host and without, and with it by the device. Then training steps (plain,
-with predicted windows, with guidance of them) and indicator runs take turns in one process; medians
-are printed, and the shares of a step that guidance and an indicator every 100 steps cost.
+with predicted windows, with guidance of them) and indicator runs take turns in one process. `mfu`
+is the step's matrix products over the device's peak; the last rows are what guidance, and an
+indicator every 100 steps, cost.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 import vit_interact as vi
+from benchmarks import common
 from vit_interact.data.preprocess import Preprocess
 from vit_interact.data.samples import sample_weights
 from vit_interact.models.vit import ViT
@@ -29,6 +28,7 @@ from vit_interact.train.config import default_config
 from vit_interact.train.inputs import EvalFeed, Feed, Inputs, make_augment
 from vit_interact.train.optimizer import frozen_leaves, make_optimizer, make_schedule
 from vit_interact.train.sharding import make_mesh
+from vit_interact.train.speed import peak_flops, step_flops
 from vit_interact.train.state import create_state, param_shapes
 from vit_interact.train.step import Recipe, make_train_step
 from vit_interact.train.windows import plan_windows
@@ -38,29 +38,19 @@ EVERY = 100
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = common.make_parser(__doc__, repeats=5)
     parser.add_argument("--model", default="vit_ti16")
     parser.add_argument("--size", type=int, default=112)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    found: dict[str, Any] = {
-        "device": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}",
-        "cores": os.cpu_count(),
-        "jax": jax.__version__,
-        "model": f"{options.model}, {options.size} pixels, {options.dtype}",
-        "batch_size": options.batch_size,
-    }
+    fixed = {"model": options.model, "pixels": options.size, "batch": options.batch_size,
+             "dtype": options.dtype}  # fmt: skip
+    report = common.Report("training", fixed, ("flax", "optax", "grain"))
     config = _config(options)
-    found |= _data_path(config, options.repeats)
-    found |= _steps(config, options.repeats)
-    if options.json:
-        print(json.dumps(found))
-    else:
-        for name, value in found.items():
-            print(f"{name:46s} {value:.4g}" if isinstance(value, float) else f"{name:46s} {value}")
+    for row in [*_data_path(config, options.repeats), *_steps(config, options.repeats)]:
+        report.add(**row)
+    report.show(options.json)
 
 
 def _config(options: argparse.Namespace) -> Any:
@@ -73,9 +63,9 @@ def _config(options: argparse.Namespace) -> Any:
     return config
 
 
-def _data_path(config: Any, repeats: int) -> dict[str, float]:
+def _data_path(config: Any, repeats: int) -> list[common.Row]:
     """Images/s of the path that training uses, without training."""
-    found = {}
+    rows = []
     size = tuple(config.model.image_size)
     mesh = make_mesh()
     source = Inputs(config).train
@@ -94,11 +84,12 @@ def _data_path(config: Any, repeats: int) -> dict[str, float]:
             rate = (steps - 2) * config.batch_size / (time.perf_counter() - start)
             kept = "decoded each time" if cache == "none" else "kept in memory"
             how = "crop and flip" if crop else "no augmentation"
-            found[f"data, {kept}, {how}, images/s"] = rate
-    return found
+            rows.append({"what": f"data, {kept}, {how}", "images_s": rate})
+    return rows
 
 
-def _steps(config: Any, repeats: int) -> dict[str, float]:
+def _steps(config: Any, repeats: int) -> list[common.Row]:
+    """Steps and the indicator alongside, by turns; each arm's MFU is of its own arithmetic."""
     size = tuple(config.model.image_size)
     model = vi.create_model(
         config.model.name, num_classes=101, image_size=size, dtype=config.model.dtype
@@ -106,6 +97,7 @@ def _steps(config: Any, repeats: int) -> dict[str, float]:
     mesh, preprocess = make_mesh(), Preprocess(size=size)
     source = Inputs(config).train
     calls: dict[str, Callable[[], Any]] = {}
+    configs: dict[str, Any] = {}
     arms = {
         "step": ("host", "", ""),
         "step with crop and flip on the device": ("device", "", ""),
@@ -115,7 +107,7 @@ def _steps(config: Any, repeats: int) -> dict[str, float]:
     for label, (where, windows, guide) in arms.items():
         copy = config.copy_and_resolve_references()
         copy.augment.where, copy.winft.windows, copy.winft.guide = where, windows, guide
-        calls[label] = _step(copy, model, source, mesh, preprocess)
+        calls[label], configs[label] = _step(copy, model, source, mesh, preprocess)
     feed = EvalFeed(source, config, mesh, preprocess)
     watched = Alongside.of(config.interactions, model, preprocess, mesh, feed)
     last = calls["step"]()[0].params
@@ -125,28 +117,40 @@ def _steps(config: Any, repeats: int) -> dict[str, float]:
         return watched.take()
 
     calls["indicator, fields and windows"] = watch
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(repeats + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(jax.tree.leaves(call()))
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    medians = {name: float(np.median(own)) for name, own in times.items()}
-    found = {f"{name}, s": seconds for name, seconds in medians.items()}
-    found["step, images/s"] = config.batch_size / medians["step"]
+    times = common.take_turns(calls, repeats)
+    step, batch = times["step"], config.batch_size
+    peak, _ = peak_flops(jax.device_count())
+    rows: list[common.Row] = []
+    for name, own in times.items():
+        row: common.Row = {
+            "what": name,
+            "images_s": batch / own.seconds,
+            "s_step": own.seconds,
+            "ratio": own.ratio(step),
+            "cpu_ratio": own.cpu_ratio(step),
+        }
+        if name in configs:
+            row["mfu"] = batch * step_flops(configs[name]) / own.seconds / peak
+        rows.append(row)
     guided = next(name for name in arms if "guided" in name)
-    added = medians[guided] / medians["step with predicted windows"] - 1
-    found["guidance, share of the step without it"] = added
-    share = medians["indicator, fields and windows"] / EVERY / medians["step"]
-    found[f"indicator every {EVERY} steps, share of step time"] = share
-    return found
+    predicted = times["step with predicted windows"]
+    alongside = times["indicator, fields and windows"]
+    rows.append({
+        "what": "guidance over the step without it",
+        "ratio": times[guided].ratio(predicted), "cpu_ratio": times[guided].cpu_ratio(predicted),
+    })  # fmt: skip
+    rows.append({
+        "what": f"step with the indicator every {EVERY} steps",
+        "ratio": 1 + alongside.ratio(step) / EVERY,
+        "cpu_ratio": 1 + alongside.cpu_ratio(step) / EVERY,
+    })  # fmt: skip
+    return rows
 
 
 def _step(
     config: Any, model: ViT, source: Any, mesh: Any, preprocess: Preprocess
-) -> Callable[[], Any]:
-    """A call that trains on one batch, always from the same state."""
+) -> tuple[Callable[[], Any], Any]:
+    """A call that trains on one batch, always from the same state, and the model's config."""
     plan = plan_windows(config, model, None, 1000)
     model, shapes = plan.model, param_shapes(plan.model)
     schedule = make_schedule(config.schedule, 1000, 100.0)
@@ -160,7 +164,7 @@ def _step(
     state = create_state(model, rule, mesh, 0, running=recipe.nothing())
     size = tuple(config.model.image_size)
     batch = next(Feed(source, config, mesh, size).batches(range(1)))
-    return lambda: step(state, batch)
+    return lambda: step(state, batch), model.config
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Time of `smallest_windows` beside a sweep in NumPy, by size of the grid.
 
-    python -m benchmarks.windows [--json] [--repeats 5] [--maps 4]
+    python -m benchmarks.windows [--sides 8,16,24,37,64] [--maps 4] [--json]
 
-Both run in the same process on the same maps. The sweep is the usual exact method: for every
+Both run in the same process on the same maps; the sweep runs once, on one map, and beyond
+`--sweep-up-to` patches not at all. `growth` is the exponent of P between this grid and the one
+before. The sweep is the usual exact method: for every
 (top, bottom) and left, a binary search for the right edge in the band's prefix sums. It is
 vectorised over the bands and lefts of a query, and runs in float64. The share of equal windows is
 printed too: only masses that float32 cannot tell from the coverage or from a tie bring it below 1.
@@ -10,19 +12,16 @@ printed too: only masses that float32 cannot tell from the coverage or from a ti
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import time
 
 import jax
 import numpy as np
 
+from benchmarks import common
 from vit_interact.interactions.windows import smallest_windows
 from vit_interact.layout import TokenLayout
 
-GRIDS = (8, 16, 24, 37)
+SIDES = "8,16,24,37,64"
 COVERAGE = 0.9
 
 
@@ -68,8 +67,8 @@ def example(side: int, maps: int) -> np.ndarray:
     return (floor + 3 * np.exp(-distance / 2)).astype(np.float32)
 
 
-def measure(side: int, maps: int, repeats: int) -> dict[str, float]:
-    """Milliseconds a map for both, best of `repeats` (the sweep runs once, on one map)."""
+def measure(side: int, maps: int, repeats: int, sweep_up_to: int) -> common.Row:
+    """One row: a grid of `side` x `side` patches."""
     layout = TokenLayout(side, side)
     indicator = example(side, maps)
     device = jax.device_put(indicator)
@@ -77,55 +76,38 @@ def measure(side: int, maps: int, repeats: int) -> dict[str, float]:
     began = time.perf_counter()
     compiled = search.lower(device).compile()
     compilation = time.perf_counter() - began
-    memory = compiled.memory_analysis()
-    windows = np.asarray(compiled(device))
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        jax.block_until_ready(compiled(device))
-        times.append(time.perf_counter() - began)
-    began = time.perf_counter()
-    expected = sweep(indicator[0], layout, COVERAGE)
-    swept = time.perf_counter() - began
-    return {
-        "side": side,
-        "ms_per_map": 1e3 * min(times) / maps,
-        "sweep_ms_per_map": 1e3 * swept,
-        "compile_seconds": compilation,
-        "temporary_mib": memory.temp_size_in_bytes / 2**20 if memory else float("nan"),
-        "equal_windows": float((windows[0] == expected).all(axis=1).mean()),
+    times = common.take_turns({"ours": lambda: compiled(device)}, repeats)["ours"]
+    row: common.Row = {
+        "patches": layout.num_patches,
+        "us_image": 1e6 * times.seconds / maps,
+        "cpu_us_image": 1e6 * times.cpu_seconds / maps,
+        "compile_s": compilation,
+        "temporary_mib": common.temporary_mib(compiled),
     }
+    if layout.num_patches <= sweep_up_to:
+        began, used = time.perf_counter(), time.process_time()
+        expected = sweep(indicator[0], layout, COVERAGE)
+        row["sweep_us_image"] = 1e6 * (time.perf_counter() - began)
+        row["cpu_ratio"] = row["cpu_us_image"] / (1e6 * (time.process_time() - used))
+        windows = np.asarray(compiled(device))
+        row["equal_windows"] = float((windows[0] == expected).all(axis=1).mean())
+    return row
 
 
 def main() -> None:
     """Prints the table, or one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = common.make_parser(__doc__, repeats=5)
+    parser.add_argument("--sides", type=common.numbers, default=common.numbers(SIDES))
     parser.add_argument("--maps", type=int, default=4, help="maps in a batch")
+    parser.add_argument("--sweep-up-to", type=int, default=1369, help="patches")
     options = parser.parse_args()
-    setting = {
-        "device": jax.devices()[0].device_kind,
-        "cpu_count": os.cpu_count(),
-        "coverage": COVERAGE,
-        "maps": options.maps,
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "numpy": np.__version__,
-    }
-    results = [measure(side, options.maps, options.repeats) for side in GRIDS]
-    if options.json:
-        print(json.dumps({**setting, "results": results}))
-        return
-    print(", ".join(f"{name} {value}" for name, value in setting.items()))
-    print(f"{'grid':>7} {'ms/map':>9} {'sweep':>9} {'faster':>7} {'compile s':>9} {'MiB':>6} equal")
-    for line in results:
-        faster = line["sweep_ms_per_map"] / line["ms_per_map"]
-        print(
-            f"{line['side']:>3}x{line['side']:<3} {line['ms_per_map']:9.3f} "
-            f"{line['sweep_ms_per_map']:9.1f} {faster:6.0f}x {line['compile_seconds']:9.2f} "
-            f"{line['temporary_mib']:6.1f} {line['equal_windows']:.4f}"
-        )
+    report = common.Report(
+        "windows", {"coverage": COVERAGE, "maps": options.maps, "dtype": "float32"}
+    )
+    for side in options.sides:
+        report.add(**measure(side, options.maps, options.repeats, options.sweep_up_to))
+    common.add_growth(report.rows, "cpu_us_image")
+    report.show(options.json)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import pathlib
 
 # Before jax starts: eight devices, so that sharded code is really sharded.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Nothing is left in the home of who runs the tests.
+os.environ.setdefault("VIT_INTERACT_COMPILE_CACHE", "off")
 # Tests compile much and compute little: without LLVM's optimisations they take half the time. What
 # is asserted about memory and FLOPs is decided before LLVM.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"

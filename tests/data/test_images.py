@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vit_interact.data import images
 from vit_interact.data.images import ImageError, decode_image, find_images, read_image
 
 RAMP = np.linspace(0, 255, 6 * 4).reshape(4, 6).astype(np.uint8)
@@ -194,3 +195,34 @@ def test_one_file_in_several_spellings_is_one(tmp_path, monkeypatch):
     (tmp_path / "b").mkdir()
     monkeypatch.chdir(tmp_path)
     assert len(find_images(["x.png", tmp_path / "x.png", "b/../x.png"])) == 1
+
+
+def test_the_fast_decoder_gives_pillows_pixels(tmp_path, monkeypatch):
+    """Upright RGB JPEGs of every subsampling, progressive too; the rest and damage go to Pillow."""
+    pytest.importorskip("simplejpeg")
+    picture = Image.fromarray(
+        np.random.default_rng(0).integers(0, 255, (6, 9, 3), dtype=np.uint8)
+    ).resize((57, 43), Image.Resampling.BICUBIC)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    options = [
+        {"quality": quality, "subsampling": subsampling, "progressive": progressive}
+        for quality in (40, 95) for subsampling in (0, 1, 2) for progressive in (False, True)
+    ] + [{"exif": turned}]  # fmt: skip
+    paths = [tmp_path / f"{number}.jpg" for number in range(len(options))]
+    for path, settings in zip(paths, options, strict=True):
+        picture.save(path, **settings)
+    picture.convert("L").save(tmp_path / "grey.jpg")
+    picture.convert("CMYK").save(tmp_path / "inks.jpg")
+    paths += [tmp_path / "grey.jpg", tmp_path / "inks.jpg"]
+    fast = [np.asarray(read_image(path)) for path in paths]
+    cut = tmp_path / "cut.jpg"
+    cut.write_bytes(paths[0].read_bytes()[:-200])
+    with pytest.raises(ImageError) as told:
+        read_image(cut)
+    monkeypatch.setattr(images, "_simplejpeg", lambda: None)
+    for path, pixels in zip(paths, fast, strict=True):
+        np.testing.assert_array_equal(pixels, np.asarray(read_image(path)), err_msg=path.name)
+    with pytest.raises(ImageError) as expected:
+        read_image(cut)
+    assert str(told.value) == str(expected.value)

@@ -103,8 +103,10 @@ def watched(what: str) -> Callable[[Iterable[Any], int], Iterator[Any]]:
 
 def load(model: str, **settings: Any) -> Checkpoint:
     """Loads weights and prints what they are and what was assumed."""
+    from vit_interact.compile_cache import keep_compiled
     from vit_interact.models.weights import load_checkpoint
 
+    keep_compiled()
     checkpoint = load_checkpoint(model, **settings)
     config = checkpoint.model.config
     print(

@@ -173,10 +173,10 @@ def _analyze(
 ) -> dict[str, Any]:
     asked: Score = score or ("predicted" if classes is None else classes)
     logits, maps = measure_with_logits(model, params, images, names, asked, layers)
-    measured, combined = maps[names[0]], _across_layers(maps, names[0], layout)
+    combined = _across_layers(maps, names[0], layout)
     probability = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     top, prediction = jax.lax.top_k(probability, min(5, logits.shape[-1]))
-    whole = _describe(combined, layout, coverage, normalised=True)
+    each_layer, whole = _describe(maps[names[0]], combined, layout, coverage)
     impact = whole["received_impact"]
     predicted = {}
     if isinstance(model, ViT) and window_layers(model):
@@ -191,7 +191,7 @@ def _analyze(
     return {
         **predicted,
         **others,
-        "layers": _describe(measured, layout, coverage, normalised=False),
+        "layers": each_layer,
         "combined": whole,
         "removal_order": removal.removal_order(impact.reshape(*impact.shape[:-2], -1)),
         "prediction": prediction,
@@ -219,14 +219,23 @@ def _interactions(
 
 
 def _describe(
-    indicator: Float[Array, "*batch N N"], layout: TokenLayout, coverage: float, normalised: bool
-) -> dict[str, Array]:
-    """Every variable of `_DIMS` for indicators with any leading axes."""
-    kept = _interactions(indicator, layout, normalised)
-    box = windows.smallest_windows(kept["interaction"], layout, coverage)
-    return {
-        **kept,
+    layers: Float[Array, "L B N N"],
+    combined: Float[Array, "B N N"],
+    layout: TokenLayout,
+    coverage: float,
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Every variable of `_DIMS` for the layers and for what combines them."""
+    each = _interactions(layers, layout, normalised=False)
+    whole = _interactions(combined, layout, normalised=True)
+    # One search serves both: a second one would be traced and compiled once more.
+    rows = jnp.concatenate([each["interaction"], whole["interaction"][None]])
+    box = windows.smallest_windows(rows, layout, coverage)
+    found = {
         "window": box,
         "area": windows.window_area(box, layout),
-        **fields.responsive_field(kept["interaction"], layout)._asdict(),
+        **fields.responsive_field(rows, layout)._asdict(),
     }
+    return (
+        {**each, **{name: value[:-1] for name, value in found.items()}},
+        {**whole, **{name: value[-1] for name, value in found.items()}},
+    )

@@ -52,7 +52,7 @@ def default_config() -> ConfigDict:
     config.init = ""
     config.eval_only = False
     config.log_every = 50  # steps
-    config.compile_cache = ""  # folder; "" for none
+    config.compile_cache = ""  # folder; "" for the user's cache folder, "off" for none
     config.tensorboard = True
     config.on_change = "error"  # or "continue": go on although the config has changed
     config.stop_after = 0  # end this session cleanly at that step; 0 runs to the end

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from clu.parameter_overview import get_parameter_overview
 
+from vit_interact.compile_cache import keep_compiled
 from vit_interact.data.labelled import Labelled
 from vit_interact.models.winft import window_layers
 from vit_interact.processes import claimed
@@ -96,8 +97,7 @@ def _train(
     shapes = param_shapes(model)
     optimizer = make_optimizer(config.optimizer, schedule, shapes, model.config.depth)
     frozen = frozen_leaves(shapes, config.optimizer.freeze)
-    if config.compile_cache:
-        jax.config.update("jax_compilation_cache_dir", config.compile_cache)
+    keep_compiled(config.compile_cache)
 
     recipe = Recipe(
         model, optimizer, frozen, augment, on_device(config), preprocess, config.seed, parts,

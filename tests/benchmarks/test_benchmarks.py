@@ -1,0 +1,178 @@
+"""Every benchmark runs at toy size and prints the fields that docs/benchmarks.md shows."""
+
+import importlib
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import common
+from benchmarks.fields import plain
+from vit_interact.layout import TokenLayout
+
+SETTING = {"benchmark", "command", "date", "device", "processor", "cores", "load_before",
+           "python", "versions", "rows"}  # fmt: skip
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a benchmark's command line and returns its rows, after its table has been printed."""
+
+    def call(name, *arguments):
+        module = importlib.import_module(f"benchmarks.{name}")
+        monkeypatch.setattr(sys, "argv", ["x", *arguments, "--json"])
+        module.main()
+        found = json.loads(capsys.readouterr().out)
+        assert found["benchmark"] == name
+        assert found.keys() >= SETTING and found["rows"]
+        assert found["command"] == " ".join([f"python -m benchmarks.{name}", *arguments])
+        assert len(common.text_table(found["rows"])) == len(found["rows"]) + 1
+        return found["rows"]
+
+    return call
+
+
+def positive(rows, *columns):
+    for column in columns:
+        assert all(row[column] > 0 for row in rows if column in row), column
+        assert any(column in row for row in rows), column
+
+
+def test_indicators(run):
+    rows = run("indicators", "--models", "vit_ti16@32", "--batches", "1", "--repeats", "1",
+               "--indicators", "attention,edge", "--no-peer", "--measure", "layers=(0,)")  # fmt: skip
+    assert [row["what"] for row in rows] == ["forward", "forward + backward", "attention", "edge"]
+    positive(rows, "images_s", "ratio", "cpu_ratio", "temporary_mib", "memory_ratio")
+
+
+@pytest.mark.slow
+def test_indicators_are_those_of_pytorch(run):
+    """The same weights on both sides give the same maps, and peaks are measured for both."""
+    pytest.importorskip("transformers")
+    rows = run("indicators", "--models", "vit_ti16@32", "--batches", "2", "--repeats", "1",
+               "--memory")  # fmt: skip
+    compared = [row for row in rows if "difference" in row]
+    assert len(compared) == 8
+    assert all(row["difference"] < 1e-4 for row in compared)
+    positive(rows, "torch_images_s", "torch_ratio", "cpu_torch_ratio")
+    assert all("peak_mib" in row or row["what"] == "forward, eager" for row in rows)
+
+
+def test_fields(run):
+    rows = run("fields", "--sides", "4,6", "--repeats", "1", "--maps", "2")
+    assert [row["patches"] for row in rows] == [16, 36]
+    positive(rows, "us_image", "numpy_us_image", "ratio", "temporary_mib")
+    assert all(row["difference"] < 1e-4 for row in rows) and "growth" in rows[1]
+
+
+def test_plain_fields_by_hand():
+    """Two patches of a row of three, a quarter and three quarters, seen from the first."""
+    layout = TokenLayout(1, 3)
+    row = np.array([0.25, 0, 0.75])
+    found = plain(np.tile(row, (1, 3, 1)), layout)
+    assert found["tendency"][0, 0] == pytest.approx([0, 1.5])
+    assert found["spread"][0, 0] == pytest.approx(np.sqrt(0.75 * 4))
+    assert found["axes"][0, 0] == pytest.approx([np.sqrt(0.75), 0])
+
+
+def test_windows(run):
+    rows = run("windows", "--sides", "4,5", "--repeats", "1", "--maps", "1", "--sweep-up-to", "16")
+    positive(rows, "us_image", "compile_s")
+    assert rows[0]["equal_windows"] == 1 and "sweep_us_image" not in rows[1]
+
+
+def test_statistics(run):
+    rows = run("statistics", "--parts", "update", "--sides", "3,4", "--repeats", "1")
+    positive(rows, "us_image", "numpy_us_image", "cpu_ratio")
+
+
+def test_high_resolution(run):
+    options = ("--model", "vit_ti16", "--sizes", "32,48", "--indicators", "attention")
+    rows = run("high_resolution", *options, "--compile-only")
+    assert [row["patches"] for row in rows] == [4, 4, 9, 9]
+    assert "s_image" not in rows[0]
+    positive(rows, "temporary_mib", "output_mib", "memory_ratio")
+
+
+def test_data_path(run):
+    pytest.importorskip("grain")
+    rows = run("data_path", "--limit", "8", "--batch", "4", "--size", "32", "--repeats", "1")
+    names = [row["what"] for row in rows]
+    assert {"stage: read", "bare Pillow loop", "ours, folder"} <= set(names)
+    positive(rows, "images_s", "cpu_ms_image", "share", "cpu_share")
+
+
+@pytest.mark.slow
+def test_memory_and_training(run):
+    rows = run("memory", "--model", "vit_ti16", "--batch", "1")
+    positive(rows, "temporary_mib", "ratio")
+    rows = run("training", "--size", "32", "--batch-size", "8", "--repeats", "1")
+    positive(rows, "images_s", "s_step", "mfu", "ratio")
+
+
+@pytest.mark.slow
+def test_scaling(run):
+    rows = run("scaling", "--devices", "1,2", "--batch", "8")
+    assert {(row["strategy"], row["processes"]) for row in rows} >= {
+        ("one device", 1), ("replicate", 1), ("fsdp", 2), ("tensor", 2),
+    }  # fmt: skip
+    assert all(row["difference"] < 1e-4 for row in rows)
+    sent = {row["strategy"]: row["wire_mib"] for row in rows if row["processes"] == 1}
+    assert sent["one device"] == 0 and min(sent[name] for name in ("replicate", "fsdp")) > 0
+
+
+def test_volume_counts_collectives():
+    """By hand: 1 KiB reduced over 4, 2 KiB gathered over 2, and a mesh as newer XLA writes it."""
+    from benchmarks.scaling import volume
+
+    text = """
+      %a = f32[16,16]{1,0} all-reduce(%x), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%add
+      %b = f32[512]{0} all-gather(%y), channel_id=2, replica_groups={{0,1},{2,3}}, dimensions={0}
+      %c = (f32[4]{0}, bf16[8]{0}) all-reduce(%p, %q), replica_groups=mesh['a'=2,'b'=2] {'b'}
+    """
+    row = volume(text, 4)
+    assert row["all-reduce_mib"] * 2**20 == 1024 + 16 + 16
+    assert row["all-gather_mib"] * 2**20 == 2048
+    assert row["wire_mib"] * 2**20 == 1024 * 1.5 + 2048 / 2 + 32 * 1
+
+
+def test_volume_of_a_compiled_program():
+    """A product whose contracted axis lies on two devices needs one sum of its result."""
+    from benchmarks.scaling import volume
+
+    mesh = jax.make_mesh(
+        (2,), ("x",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,)
+    )
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    x = jax.ShapeDtypeStruct((8, 64), "float32", sharding=place)
+    step = jax.jit(lambda x: x @ x.T, out_shardings=whole)
+    row = volume(step.lower(x).compile().as_text(), 2)
+    assert row["all-reduce_mib"] * 2**20 == 8 * 8 * 4
+
+
+def test_turns_leave_the_warm_up_out():
+    calls = {"a": [], "b": []}
+    times = common.take_turns({name: lambda n=n: n.append(1) for name, n in calls.items()}, 3)
+    assert [len(n) for n in calls.values()] == [4, 4]
+    assert len(times["a"].wall) == len(times["b"].cpu) == 3
+    base = common.Times((1.0, 2.0, 4.0), (1.0, 1.0, 1.0))
+    other = common.Times((2.0, 6.0, 4.0), (1.0, 1.0, 3.0))
+    assert other.ratio(base) == 2.0 and other.cpu_ratio(base) == 1.0 and other.seconds == 4.0
+
+
+def test_tables_are_made_from_files(tmp_path, monkeypatch):
+    from tools import benchmark_tables
+
+    monkeypatch.setattr(benchmark_tables, "RESULTS", tmp_path)
+    report = common.Report("fields", {"maps": 2})
+    report.setting["load_before"] = 7.5
+    report.add(patches=16, us_image=12345.6, note=float("nan"))
+    (tmp_path / "fields.json").write_text(json.dumps(report.to_dict()))
+    page = "# x\n<!-- table fields -->\nold\n<!-- end -->\n<!-- table none -->\n<!-- end -->\nend\n"
+    filled = benchmark_tables.fill(page)
+    assert "| patches | us_image | note |" in filled and "| 16 | 12346 |  |" in filled
+    assert "cores were shared" in filled and "old" not in filled and "Not run yet" in filled
+    assert benchmark_tables.fill(filled) == filled

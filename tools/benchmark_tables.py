@@ -1,0 +1,115 @@
+"""Runs the benchmarks of docs/benchmarks.md and fills its tables from their JSON files.
+
+    python -m tools.benchmark_tables --run           # all of them: about an hour on two idle cores
+    python -m tools.benchmark_tables --run fields    # some, then the tables
+    python -m tools.benchmark_tables                 # the tables alone
+    python -m tools.benchmark_tables --check         # exit code 1 when the page is out of date
+
+A run leaves `docs/benchmarks/NAME.json`. The page holds a pair of comments for each,
+`<!-- table NAME -->` and `<!-- end -->`; what stands between them is replaced by when, on what and
+by which command it was measured, and by the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import columns_of, shown
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE, RESULTS = DOCS / "benchmarks.md", DOCS / "benchmarks"
+COMMANDS: dict[str, list[str]] = {
+    "indicators": ["indicators", "--full", "--memory"],
+    "fields": ["fields"],
+    "windows": ["windows"],
+    "statistics": ["statistics", "--parts", "survey,update,memory"],
+    "high_resolution": ["high_resolution"],
+    "memory": ["memory"],
+    "scaling": ["scaling"],
+    "scaling_vit_b16": ["scaling", "--volume-of", "vit_b16", "--batch", "64"],
+    "training": ["training"],
+    "data_path": ["data_path"],
+}
+_TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main() -> None:
+    """Runs what is asked for and writes the page."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", nargs="*", metavar="NAME", help=f"of {', '.join(COMMANDS)}")
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    if options.run is not None:
+        unknown = [name for name in options.run if name not in COMMANDS]
+        if unknown:
+            parser.error(f"{unknown[0]}: expected some of {', '.join(COMMANDS)}")
+        for name in options.run or COMMANDS:
+            run(name)
+    page = PAGE.read_text("utf-8")
+    filled = fill(page)
+    if options.check:
+        sys.exit(page != filled and f"{PAGE} is out of date: python -m tools.benchmark_tables")
+    PAGE.write_text(filled, "utf-8")
+
+
+def run(name: str) -> None:
+    """Runs one benchmark and keeps its JSON object."""
+    module, *arguments = COMMANDS[name]
+    command = [sys.executable, "-m", f"benchmarks.{module}", *arguments, "--json"]
+    print(" ".join(command[1:]), file=sys.stderr)
+    found = json.loads(subprocess.check_output(command, text=True))
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+
+
+def fill(page: str) -> str:
+    """The page with every table that has a JSON file."""
+
+    def table(match: re.Match[str]) -> str:
+        path = RESULTS / f"{match[2]}.json"
+        if not path.exists():
+            return f"{match[1]}\nNot run yet.\n\n{match[3]}"
+        return f"{match[1]}\n{describe(json.loads(path.read_text('utf-8')))}\n\n{match[3]}"
+
+    return _TABLE.sub(table, page)
+
+
+def describe(found: dict[str, Any]) -> str:
+    """A line about the run, and its table."""
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    busy = found["load_before"] > 1
+    known = ("benchmark", "command", "date", "device", "processor", "cores", "load_before",
+             "python", "versions", "rows")  # fmt: skip
+    fixed = ", ".join(f"{key} {shown(value)}" for key, value in found.items() if key not in known)
+    cores = "1 core" if found["cores"] == 1 else f"{found['cores']} cores"
+    line = (
+        f"`{found['command']}`; {found['date']}, {found['device']}, {cores} of "
+        f"{found['processor']}; {versions}; {fixed}."
+    )
+    if busy:
+        line += (
+            f" **The cores were shared** (load {found['load_before']:g} before it began): trust "
+            "`cpu_…` columns and memory, not the clock."
+        )
+    return "\n".join([line, "", *markdown(found["rows"])])
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines of a Markdown table."""
+    columns = columns_of(rows)
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[shown(row.get(name)) for name in columns] for row in rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+if __name__ == "__main__":
+    main()
