@@ -37,7 +37,12 @@ def opened(address: str | Path, width: int = 1400, height: int = 1000) -> Iterat
 
         page.on("request", asked)
         page.goto(url)
-        page.wait_for_selector(".app[data-ready]", timeout=30_000)
+        settle(page)
         yield page
         browser.close()
     assert said == []
+
+
+def settle(page: Any) -> None:
+    """Waits until what was asked for is drawn: a state is drawn with the frame after it is set."""
+    page.wait_for_selector(".app[data-ready]", timeout=30_000)

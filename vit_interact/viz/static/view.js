@@ -23,7 +23,7 @@ export function mount(host, meta, load, options = {}) {
   app.set = (changes) => {
     if (Object.entries(changes).every(([key, value]) => app.state[key] === value)) return;
     app.state = { ...app.state, ...changes };
-    app.due ??= requestAnimationFrame(() => { app.due = null; draw(app); });
+    drawSoon(app);
   };
   root.replaceChildren(h("style", {}, options.css ?? ""), build(app));
   if (options.theme) app.element.dataset.theme = options.theme;
@@ -32,10 +32,15 @@ export function mount(host, meta, load, options = {}) {
       if (location.hash.slice(1) !== toHash(app.state, meta)) app.set(fromHash(location.hash, meta));
     });
   }
-  new ResizeObserver(() => { app.due ??= requestAnimationFrame(() => { app.due = null; draw(app); }); })
-    .observe(app.box);
+  new ResizeObserver(() => drawSoon(app)).observe(app.box);
   draw(app);
   return app;
+}
+
+// With the next frame; until then, and until its maps are there, the page does not call itself ready.
+function drawSoon(app) {
+  app.element.removeAttribute("data-ready");
+  app.due ??= requestAnimationFrame(() => { app.due = null; draw(app); });
 }
 
 function build(app) {
@@ -161,7 +166,11 @@ function picture(app, index) {
     const image = new Image();
     image.onload = () => {
       Object.assign(entry, { ready: true, image, grey: greyCanvas(image) });
-      draw(app);
+      drawSoon(app);
+    };
+    image.onerror = () => {
+      entry.ready = true; // as without a photograph
+      drawSoon(app);
     };
     image.src = address;
     app.pictures.set(index, entry);
@@ -176,7 +185,7 @@ function fetchMaps(app) {
   const all = [...(meta.layers.length > 1 ? ["all"] : []), ...meta.layers].map((layer) => `${base}/${layer}`);
   const again = (error) => {
     if (error) [app.status.hidden, app.status.textContent] = [false, `This map cannot be read: ${error.message}`];
-    app.due ??= requestAnimationFrame(() => { app.due = null; draw(app); });
+    drawSoon(app);
   };
   const need = wanted.concat(all).filter((key) => !maps.now(key));
   if (meta.windowGroups && !maps.now(`${state.image}/predicted`)) maps.predicted(state.image).then(() => again(), again);
@@ -231,7 +240,7 @@ function draw(app) {
   if (app.options.address) remember(app);
   app.options.onchange?.(state);
   app.lastDraw = performance.now() - started;
-  app.ready = Boolean(view.map && view.impact);
+  app.ready = Boolean(view.map && view.impact && picture(app, state.image).ready);
   app.element.toggleAttribute("data-ready", app.ready);
   app.element.dataset.patch = chosenPatches(state).join(",");
 }
