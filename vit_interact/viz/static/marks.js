@@ -32,7 +32,7 @@ export function cells(values, scale, table, opacity) {
     const value = values[j];
     if (!Number.isFinite(value)) continue;
     const share = strength(value, scale), entry = 3 * Math.round(share * 255);
-    colors.set(table.subarray(entry, entry + 3), 4 * j);
+    for (let k = 0; k < 3; k++) colors[4 * j + k] = table[entry + k];
     // Weak values let the photograph through; of signed ones the weak are in the middle.
     const weight = scale.low < 0 ? Math.abs(2 * share - 1) : share;
     colors[4 * j + 3] = 255 * opacity * (0.4 + 0.6 * weight);
