@@ -37,7 +37,11 @@ def opened(address: str | Path, width: int = 1400, height: int = 1000) -> Iterat
 
         page.on("request", asked)
         page.goto(url)
-        settle(page)
+        try:
+            settle(page)
+        except playwright.TimeoutError:
+            status = page.locator(".error").inner_text()
+            pytest.fail(f"the page does not become ready: {status!r}, {said}")
         yield page
         browser.close()
     assert said == []

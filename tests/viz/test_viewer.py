@@ -1,6 +1,9 @@
 """The interactive report in a real browser."""
 
+import http.server
 import re
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -128,6 +131,32 @@ def test_names_stay_text_and_nothing_is_asked_for_elsewhere(report):
         page.get_by_role("tab", name="Verification").click()
         expect(page.get_by_text("<script>alert(2)</script>")).to_be_visible()
         expect(page.get_by_text("<b>e")).to_be_visible()
+
+
+def test_a_page_that_comes_slowly_waits_for_whole_maps(report):
+    """The first map is cut in the middle for a while, as on a slow disk or line."""
+    content = report.read_bytes()
+    cut = content.index(b'id="map:0/leave_one_out/all"') + 1000
+
+    class Slow(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.end_headers()
+            self.wfile.write(content[:cut])
+            self.wfile.flush()
+            time.sleep(1)
+            self.wfile.write(content[cut:])
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with opened(f"http://127.0.0.1:{server.server_port}/") as page:
+            expect(page.get_by_role("alert")).to_be_hidden()
+            assert page.evaluate("viewer.failed.size") == 0
+        server.shutdown()
 
 
 def test_keys_filters_and_the_address(report):
