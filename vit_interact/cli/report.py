@@ -109,6 +109,13 @@ def _results(verify: Path | None, statistics: Path | None) -> dict[str, Any]:
         file = verify / "verify.json" if verify.is_dir() else verify
         try:
             tabs["verification"] = verification_tab(json.loads(file.read_text("utf-8")))
+        except OSError as error:
+            raise ValueError(
+                f"--verify {file}: {error.strerror}; expected verify.json of vit-interact verify, "
+                "or its folder"
+            ) from error
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--verify {file}: is no JSON ({error})") from error
         except ValueError as error:
             raise ValueError(f"--verify {file}: {error}") from error
     if statistics is not None:

@@ -259,7 +259,8 @@ class Pack:
             "name": visible(scene.name),
             "label": _label(scene),
             "guesses": [[visible(name), share] for name, share in guesses],
-            "score": float(scene.data["score"]) if "score" in scene.data else None,
+            # Of a model without classes it would be the largest of outputs that nobody named.
+            "score": float(scene.data["score"]) if guesses and "score" in scene.data else None,
             "picture": _picture(scene),
         }
 
