@@ -92,7 +92,7 @@ def test_analyze_leaves_a_folder(tmp_path, weights):
     assert dict(dataset.sizes) | {"image": 3, "layer": 3, "query": 12, "key": 12} == dict(
         dataset.sizes
     )
-    assert list(dataset["class_name"].values) == list(CLASSES)
+    assert list(dataset.coords["class_name"].values) == list(CLASSES)  # after a second batch, too
     assert dataset.attrs["model"].endswith("tiny.safetensors")
     assert len(dataset.attrs["weights_sha256"]) == 64
     np.testing.assert_allclose(dataset["combined_interaction"].sum("key"), 1, atol=1e-5)

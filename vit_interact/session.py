@@ -293,6 +293,16 @@ class _Folder:
             dataset.drop_vars(fixed).to_zarr(
                 self.store, append_dim="image", consolidated=False, zarr_format=2
             )
+            self._name_coordinates(dataset)
+
+    def _name_coordinates(self, dataset: xr.Dataset) -> None:
+        """Names the coordinates of a store again: appending forgets those without images."""
+        import zarr
+
+        names = [str(n) for n in dataset.coords if n not in dataset.dims]
+        if names:
+            group = zarr.open_group(self.store, mode="r+", use_consolidated=False)
+            group.attrs["coordinates"] = " ".join(names)
 
     def commit(self, works: Sequence[Work]) -> None:
         """Records that arrays and figures of these images are complete."""

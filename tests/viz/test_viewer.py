@@ -1,9 +1,14 @@
 """The interactive report in a real browser."""
 
+import http.server
+import re
+import threading
+import time
+
 import numpy as np
 import pytest
 import xarray as xr
-from browser import opened
+from browser import opened, settle
 from made_up import make_dataset
 from PIL import Image
 from test_pack import unpacked, with_others
@@ -13,6 +18,7 @@ from vit_interact.layout import TokenLayout
 from vit_interact.viz.pack import Pack
 from vit_interact.viz.page import report_page
 
+expect = pytest.importorskip("playwright.sync_api").expect
 pytestmark = pytest.mark.slow
 
 
@@ -41,12 +47,7 @@ def hover(page, patch: int, rows: int = 7, cols: int = 9) -> None:
     row, col = divmod(patch, cols)
     x = place["x"] + (col + 0.5) / cols * place["width"]
     page.mouse.move(x, place["y"] + (row + 0.5) / rows * place["height"])
-    frame(page)
-
-
-def frame(page) -> None:
-    """Waits until what was asked for has been drawn."""
-    page.evaluate("new Promise((go) => requestAnimationFrame(() => requestAnimationFrame(go)))")
+    settle(page)
 
 
 def shares(page) -> list[float]:
@@ -67,13 +68,12 @@ def test_values_at_the_pointer_are_those_of_the_arrays(report, data):
         page.mouse.click(*middle(page))  # pins the one in the middle
         for layer in (0, 11):
             page.locator("select").last.select_option(str(layer))
-            page.wait_for_selector(".app[data-ready]")
-            frame(page)
+            settle(page)
             hover(page, 20)
             row = data["interaction"].sel(layer=layer).values[0]
             np.testing.assert_allclose(shares(page), [unit(row)[31, 20]], atol=0.01 * row.max())
         page.get_by_label("indicator").select_option("edge")
-        page.wait_for_selector(".app[data-ready]")
+        settle(page)
         hover(page, 3)
         page.mouse.down()
         page.mouse.up()
@@ -125,12 +125,38 @@ def test_names_stay_text_and_nothing_is_asked_for_elsewhere(report):
     """`opened` fails on a dialog, a word on the console, and any request."""
     with opened(report) as page:
         page.locator(".item").nth(2).click()
-        page.wait_for_selector(".app[data-ready]")
-        assert page.locator(".title").inner_text().startswith("<img src=x onerror=alert(1)>.jpg")
-        assert page.locator("img[src='x']").count() == 0
+        settle(page)
+        expect(page.locator(".title")).to_contain_text("<img src=x onerror=alert(1)>.jpg: ")
+        expect(page.locator("img[src='x']")).to_have_count(0)
         page.get_by_role("tab", name="Verification").click()
-        assert page.get_by_text("<script>alert(2)</script>").is_visible()
-        assert page.get_by_text("<b>e").is_visible()
+        expect(page.get_by_text("<script>alert(2)</script>")).to_be_visible()
+        expect(page.get_by_text("<b>e")).to_be_visible()
+
+
+def test_a_page_that_comes_slowly_waits_for_whole_maps(report):
+    """The first map is cut in the middle for a while, as on a slow disk or line."""
+    content = report.read_bytes()
+    cut = content.index(b'id="map:0/leave_one_out/all"') + 1000
+
+    class Slow(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.end_headers()
+            self.wfile.write(content[:cut])
+            self.wfile.flush()
+            time.sleep(1)
+            self.wfile.write(content[cut:])
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with opened(f"http://127.0.0.1:{server.server_port}/") as page:
+            expect(page.get_by_role("alert")).to_be_hidden()
+            assert page.evaluate("viewer.failed.size") == 0
+        server.shutdown()
 
 
 def test_keys_filters_and_the_address(report):
@@ -145,19 +171,18 @@ def test_keys_filters_and_the_address(report):
         page.keyboard.press("Enter")
         page.keyboard.press("]")
         page.keyboard.press("w")
-        frame(page)
+        settle(page)
         assert page.locator(".app").get_attribute("data-patch") == "41,40"
         assert "takes most from" in page.locator("[aria-live]").inner_text()
         page.locator("[type=range]").first.fill("0.55")
-        page.wait_for_timeout(400)
+        expect(page).to_have_url(re.compile("coverage=0.55"))  # follows with a pause
         shared = page.evaluate("location.hash")
         page.get_by_label("find images").fill("CAT/")
-        frame(page)
-        assert page.locator(".item:visible").count() == 1
+        expect(page.locator(".item:visible")).to_have_count(1)
         page.get_by_label("wrong predictions only").check()
-        frame(page)
-        assert page.get_by_text("no image fits these filters").is_visible()
-        page.keyboard.press("?")
+        expect(page.get_by_text("no image fits these filters")).to_be_visible()
+        canvas.press("?")
+        expect(page.get_by_role("dialog", name="help")).to_be_visible()
     with opened(report.as_uri() + shared) as page:
         assert page.locator(".app").get_attribute("data-patch") == "41,40"
         state = page.evaluate("viewer.state")

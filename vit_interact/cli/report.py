@@ -66,16 +66,25 @@ def report(
 
 
 def _open(path: Path) -> xr.Dataset:
-    import xarray as xr
-
     inside = path / "analysis.zarr"
     store = inside if inside.is_dir() else path
     if not store.is_dir():
         raise ValueError(f"{path}: there is no such store; expected analysis.zarr of analyze")
     try:
-        return xr.open_zarr(store, chunks=None)
+        return _open_quietly(store)
     except Exception as error:  # zarr raises many kinds for what is no store
         raise ValueError(f"{store}: is no store of vit-interact analyze ({error})") from error
+
+
+def _open_quietly(store: Path) -> xr.Dataset:
+    """Without a warning that metadata is not gathered: a survey or a killed run is whole so."""
+    import warnings
+
+    import xarray as xr
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Failed to open Zarr store with consolidated")
+        return xr.open_zarr(store, chunks=None)
 
 
 def _choose(data: xr.Dataset, wanted: list[str] | None) -> list[int]:
@@ -109,6 +118,13 @@ def _results(verify: Path | None, statistics: Path | None) -> dict[str, Any]:
         file = verify / "verify.json" if verify.is_dir() else verify
         try:
             tabs["verification"] = verification_tab(json.loads(file.read_text("utf-8")))
+        except OSError as error:
+            raise ValueError(
+                f"--verify {file}: {error.strerror}; expected verify.json of vit-interact verify, "
+                "or its folder"
+            ) from error
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--verify {file}: is no JSON ({error})") from error
         except ValueError as error:
             raise ValueError(f"--verify {file}: {error}") from error
     if statistics is not None:
@@ -116,10 +132,8 @@ def _results(verify: Path | None, statistics: Path | None) -> dict[str, Any]:
         from vit_interact.viz.results import survey_tab
 
         load_survey(statistics)  # says what is wrong with a store
-        import xarray as xr
-
         try:
-            tabs["statistics"] = survey_tab(xr.open_zarr(statistics, chunks=None))
+            tabs["statistics"] = survey_tab(_open_quietly(statistics))
         except ValueError as error:
             raise ValueError(f"--statistics {statistics}: {error}") from error
     return tabs

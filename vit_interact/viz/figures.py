@@ -89,9 +89,7 @@ def draw_received_impact(data: xr.Dataset) -> Figure:
 
 def _impact_unit(scene: Scene) -> str:
     """Label of the colour bar of the impact across layers."""
-    if scene.data.attrs.get("indicator") == "rollout":
-        return f"received impact ({style.INDICATORS['rollout'].unit})"
-    return "received impact (layers over their means)"
+    return f"received impact ({style.combined_unit(str(scene.data.attrs.get('indicator', '')))})"
 
 
 def _strip_size(scene: Scene) -> tuple[tuple[Pixels, Pixels], Pixels]:

@@ -245,7 +245,13 @@ class Pack:
 
     def _told(self, name: str) -> dict[str, str]:
         known = style.indicator_style(name)
-        return {"name": name, "label": known.label, "color": known.color, "unit": known.unit}
+        return {
+            "name": name,
+            "label": known.label,
+            "color": known.color,
+            "unit": known.unit,
+            "combinedUnit": style.combined_unit(name),
+        }
 
     def _image(self, scene: Scene) -> dict[str, Any]:
         guesses = predictions(scene.data)
@@ -253,14 +259,15 @@ class Pack:
             "name": visible(scene.name),
             "label": _label(scene),
             "guesses": [[visible(name), share] for name, share in guesses],
-            "score": float(scene.data["score"]) if "score" in scene.data else None,
+            # Of a model without classes it would be the largest of outputs that nobody named.
+            "score": float(scene.data["score"]) if guesses and "score" in scene.data else None,
             "picture": _picture(scene),
         }
 
 
 def _label(scene: Scene) -> str | None:
     """The class an image is of: the nearest of its folders that is called like one."""
-    if "class_name" not in scene.data.coords:
+    if "class_name" not in scene.data:
         return None
     known = {str(name) for name in scene.data["class_name"].values}
     folders = scene.name.split("/")[:-1]

@@ -78,7 +78,10 @@ def _removal(report: dict[str, Any]) -> list[Block]:
         for order in dict.fromkeys(row["order"] for row in rows if row["intervention"] == how):
             own = [row for row in rows if (row["order"], row["intervention"]) == (order, how)]
             label, color, dash = _order(order)
-            lines.append(_line(own, "removed", "top1", label, color, dash))
+            line = _line(own, "removed", "top1", label, color, dash)
+            # Beside the same order measured once, which has its colour and dashes.
+            staged = order.endswith(("/staged", "_staged"))
+            lines.append({**line, "width": 3.5 if staged else 2})
         title = f"Top-1 with patches removed: {_HOW.get(how, how)}"
         blocks.append(_curves(title, "share of patches removed", "top-1 (share of images)", lines))
     if report["removal_auc"]:

@@ -178,12 +178,12 @@ class Scene:
 def predictions(data: xr.Dataset) -> list[tuple[str, float]]:
     """Predicted classes of one image with their probabilities (0 to 1), best first.
 
-    A class is its name where the coordinate `class_name` has it, else such as `class 17`. Empty for
+    A class is its name where `class_name` has it, else such as `class 17`. Empty for
     a model without classes.
     """
     if "prediction" not in data:
         return []
-    names = data["class_name"].values if "class_name" in data.coords else ()
+    names = data["class_name"].values if "class_name" in data else ()
     numbers = np.atleast_1d(data["prediction"].values)
     shares = np.atleast_1d(data["probability"].values)
     return [

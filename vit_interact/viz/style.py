@@ -134,6 +134,11 @@ def indicator_style(name: str) -> IndicatorStyle:
     return INDICATORS.get(name, IndicatorStyle(name.replace("_", " "), INK, "indicator"))
 
 
+def combined_unit(name: str) -> str:
+    """What one unit of an indicator over all layers is."""
+    return INDICATORS["rollout"].unit if name == "rollout" else "layers over their means"
+
+
 def percent(share: float | np.floating, digits: int = 0) -> str:
     """A share as text, such as `25 %`."""
     return f"{100 * share:.{digits}f} %"

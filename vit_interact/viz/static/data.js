@@ -11,7 +11,11 @@ export function fromBase64(text) {
 
 async function inflate(bytes) {
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
-  return new Uint8Array(await new Response(stream).arrayBuffer());
+  try {
+    return new Uint8Array(await new Response(stream).arrayBuffer());
+  } catch {
+    throw new Error("its data is damaged"); // Chromium's own words are "Failed to fetch"
+  }
 }
 
 export class Maps {

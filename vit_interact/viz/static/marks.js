@@ -32,10 +32,10 @@ export function cells(values, scale, table, opacity) {
     const value = values[j];
     if (!Number.isFinite(value)) continue;
     const share = strength(value, scale), entry = 3 * Math.round(share * 255);
-    colors.set(table.subarray(entry, entry + 3), 4 * j);
+    for (let k = 0; k < 3; k++) colors[4 * j + k] = table[entry + k];
     // Weak values let the photograph through; of signed ones the weak are in the middle.
-    const weight = scale.low < 0 ? Math.abs(2 * share - 1) : share;
-    colors[4 * j + 3] = 255 * opacity * (0.4 + 0.6 * weight);
+    const weight = scale.low < 0 ? 0.15 + 0.85 * Math.abs(2 * share - 1) : 0.4 + 0.6 * share;
+    colors[4 * j + 3] = 255 * opacity * weight;
   }
   return { type: "cells", colors };
 }
@@ -78,7 +78,7 @@ export function mainMarks(view) {
   const twoOf = (take) => take[0].map((value, j) => value - take[1][j]);
 
   if (on("received") && view.impact) {
-    heat(impactOf(view), "received", "received impact", state.layer === "all" ? "mean of layers" : meta.unit);
+    heat(impactOf(view), "received", "received impact", state.layer === "all" ? meta.combinedUnit : meta.unit);
   }
   if (map && on("wheel")) marks.push(...wheelCells(view, legends));
   if (map && chosen.length) {
@@ -95,7 +95,7 @@ export function mainMarks(view) {
     const gone = removalOrder(impactOf(view)).slice(0, Math.floor(state.removed * patches + 1e-9));
     const colors = new Uint8ClampedArray(4 * patches);
     for (const patch of gone) colors.set([150, 155, 160, 235], 4 * patch);
-    marks.push({ type: "cells", colors });
+    marks.push({ type: "cells", colors, plain: true }); // over the photograph in its colours
   }
   if (map && on("arrows")) marks.push(...allArrows(view, legends));
   chosen.forEach((patch, k) => marks.push(...ofPatch(view, patch, PIN_COLORS[k], on)));

@@ -36,14 +36,12 @@ export function smallestWindow(row, rows, cols, patch, coverage) {
   for (let top = 0; top <= r; top++) {
     for (let bottom = r + 1; bottom <= rows; bottom++) {
       const height = bottom - top;
-      for (let left = 0; left <= c; left++) {
-        const last = Math.min(cols, left + Math.floor(area / height));
-        for (let right = c + 1; right <= last; right++) {
-          if (mass(top, left, bottom, right) >= wanted) {
-            area = Math.min(area, height * (right - left));
-            break;
-          }
-        }
+      if (mass(top, 0, bottom, cols) < wanted) continue; // nor does any part of these rows
+      // The further left a box begins, the sooner it may end: `right` only grows.
+      for (let left = 0, right = c + 1; left <= c; left++) {
+        while (right <= cols && mass(top, left, bottom, right) < wanted) right++;
+        if (right > cols) break;
+        area = Math.min(area, height * (right - left));
       }
     }
   }
@@ -119,7 +117,7 @@ export function allTendencies(shares, rows, cols) {
 }
 
 export function quantile(values, share) {
-  const sorted = Array.from(values).filter(Number.isFinite).sort((a, b) => a - b);
+  const sorted = Float64Array.from(values).filter(Number.isFinite).sort(); // typed: by number, and fast
   if (!sorted.length) return NaN;
   const place = share * (sorted.length - 1), low = Math.floor(place);
   return sorted[low] + (place - low) * ((sorted[low + 1] ?? sorted[low]) - sorted[low]);

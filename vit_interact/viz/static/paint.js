@@ -61,17 +61,25 @@ export function paint(context, ground, marks, meta, unit) {
       context.lineWidth = mark.width + extra;
       context.setLineDash(extra ? [] : mark.dash ?? []);
       context.beginPath();
-      trace(context, mark, unit);
+      trace(context, mark, meta, unit);
     }
     context.setLineDash([]);
   }
   context.globalAlpha = 1;
 }
 
-function trace(context, mark, unit) {
+// A box in pixels, [x, y, wide, high]: at the edge of the photograph its line stays inside.
+function boxPixels({ box: [top, left, bottom, right], width }, meta, unit) {
+  const inset = width / 2 + 1;
+  const keep = (value, size) => Math.min(size - inset, Math.max(inset, value));
+  const [high, wide] = [meta.extent[0] * unit[0], meta.extent[1] * unit[1]];
+  const [x, y] = [keep(left * unit[1], wide), keep(top * unit[0], high)];
+  return [x, y, keep(right * unit[1], wide) - x, keep(bottom * unit[0], high) - y];
+}
+
+function trace(context, mark, meta, unit) {
   if (mark.type === "box") {
-    const [top, left, bottom, right] = mark.box;
-    context.strokeRect(left * unit[1], top * unit[0], (right - left) * unit[1], (bottom - top) * unit[0]);
+    context.strokeRect(...boxPixels(mark, meta, unit));
   } else if (mark.type === "ellipse") {
     // Patches need not be square, so the ellipse is drawn in patches and the line in pixels.
     const line = context.getTransform();
@@ -108,9 +116,8 @@ function markSvg(mark, meta, unit) {
     const dash = k && mark.dash ? ` stroke-dasharray="${mark.dash}"` : "";
     const look = `fill="none" stroke="${color}" stroke-width="${width}" opacity="${short(opacity * mark.opacity)}"${dash}`;
     if (mark.type === "box") {
-      const [top, left, bottom, right] = mark.box;
-      return `<rect x="${short(left * unit[1])}" y="${short(top * unit[0])}" width="${short((right - left) * unit[1])}" ` +
-        `height="${short((bottom - top) * unit[0])}" ${look}/>`;
+      const [x, y, wide, high] = boxPixels(mark, meta, unit).map(short);
+      return `<rect x="${x}" y="${y}" width="${wide}" height="${high}" ${look}/>`;
     }
     if (mark.type === "ellipse") {
       const turn = (mark.angle * 180) / Math.PI;

@@ -2,7 +2,6 @@
 
 import { h, say } from "./dom.js";
 import { cells, chosenPatches, columnOf, impactOf, makeScale, PIN_COLORS, rowOf, tendencies } from "./marks.js";
-import { cellCanvas } from "./paint.js";
 import { field, percent, smallestWindow, told } from "./numbers.js";
 
 const STRONGEST = 5;
@@ -118,8 +117,8 @@ export function makeMultiples(app) {
       const signed = rows.length === 2, scale = makeScale(values, state.log && !signed, signed);
       const { colors } = cells(values, scale, tables[signed ? "signed" : "impact"], 1);
       for (let j = 3; j < colors.length; j += 4) colors[j] = 255;
-      [canvas.width, canvas.height] = [meta.cols, meta.rows];
-      canvas.getContext("2d").drawImage(cellCanvas(colors, meta.rows, meta.cols), 0, 0);
+      if (!canvas.width) [canvas.width, canvas.height] = [meta.cols, meta.rows];
+      canvas.getContext("2d").putImageData(new ImageData(colors, meta.cols, meta.rows), 0, 0);
       say(note, values.some((value) => value !== 0) ? `${signed ? "± " : ""}${percent(scale.high)}` : "all zero");
     }
   } };

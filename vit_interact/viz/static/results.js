@@ -33,8 +33,9 @@ const GREY = "#6b7280"; // of controls; on a dark page it would vanish
 
 function makeCurves({ xlabel, ylabel, lines: given }) {
   const lines = given.map((line) => (line.color === GREY ? { ...line, color: "currentColor" } : line));
-  const [width, height, left, right, top, bottom] = [760, 380, 62, 18, 14, 48];
-  const plot = h("svg", { viewBox: `0 0 ${width} ${height}`, class: "chart curves", role: "img", "aria-label": `${ylabel} against ${xlabel}` });
+  const [height, left, right, top, bottom] = [380, 62, 18, 14, 48];
+  let width = 760; // as wide as it is shown, so that words keep their size on a phone
+  const plot = h("svg", { class: "chart curves", role: "img", "aria-label": `${ylabel} against ${xlabel}` });
   const note = h("output", { class: "small muted note" });
   const hidden = new Set();
   const finite = (values) => values.filter((value) => value !== null);
@@ -43,10 +44,11 @@ function makeCurves({ xlabel, ylabel, lines: given }) {
   const x = (value) => left + ((value - x0) / (x1 - x0 || 1)) * (width - left - right);
   const y = (value) => height - bottom - ((value - y0) / (y1 - y0 || 1)) * (height - top - bottom);
   const draw = () => {
+    plot.setAttribute("viewBox", `0 0 ${width} ${height}`);
     const drawn = [
       ...niceTicks(y0, y1).map((value) => h("g", {}, h("line", { x1: left, x2: width - right, y1: y(value), y2: y(value), class: "rule" }),
         h("text", { x: left - 8, y: y(value) + 4, "text-anchor": "end" }, told(value)))),
-      ...niceTicks(x0, x1, 8).map((value) => h("text", { x: x(value), y: height - bottom + 18, "text-anchor": "middle" }, told(value))),
+      ...niceTicks(x0, x1, width / 95).map((value) => h("text", { x: x(value), y: height - bottom + 18, "text-anchor": "middle" }, told(value))),
       h("text", { x: (left + width - right) / 2, y: height - 8, "text-anchor": "middle" }, xlabel),
       h("text", { x: -(top + height - bottom) / 2, y: 14, "text-anchor": "middle", transform: "rotate(-90)" }, ylabel)];
     const shown = lines.filter((_, k) => !hidden.has(k));
@@ -58,7 +60,7 @@ function makeCurves({ xlabel, ylabel, lines: given }) {
     }
     for (const line of shown) {
       const kept = line.x.map((at, k) => [x(at), y(line.y[k] ?? NaN)]).filter(([, at]) => Number.isFinite(at));
-      drawn.push(h("polyline", { points: kept.join(" "), stroke: line.color, "stroke-dasharray": line.dash ? line.dash.join(" ") : null }));
+      drawn.push(h("polyline", { points: kept.join(" "), stroke: line.color, style: `stroke-width:${line.width ?? 2}`, "stroke-dasharray": line.dash ? line.dash.join(" ") : null }));
       for (const [a, b] of kept) drawn.push(h("circle", { cx: a, cy: b, r: 2.6, fill: line.color }));
     }
     plot.replaceChildren(...drawn);
@@ -81,11 +83,18 @@ function makeCurves({ xlabel, ylabel, lines: given }) {
       button.setAttribute("aria-pressed", String(!hidden.has(k)));
       draw();
     } }, h("svg", { viewBox: "0 0 30 8", width: 30, height: 8, "aria-hidden": "true" },
-      h("line", { x1: 1, x2: 29, y1: 4, y2: 4, stroke: line.color, "stroke-width": 3, "stroke-dasharray": line.dash ? line.dash.join(" ") : null })),
+      h("line", { x1: 1, x2: 29, y1: 4, y2: 4, stroke: line.color, "stroke-width": 1 + (line.width ?? 2), "stroke-dasharray": line.dash ? line.dash.join(" ") : null })),
     ` ${line.label}`);
     return button;
   }));
   draw();
+  new ResizeObserver(([{ contentRect }]) => {
+    const wanted = Math.min(760, Math.max(280, Math.round(contentRect.width)));
+    if (contentRect.width && wanted !== width) {
+      width = wanted;
+      draw();
+    }
+  }).observe(plot);
   return [plot, note, legend];
 }
 
@@ -106,6 +115,6 @@ function makeMaps({ unit, rows, cols, low, high, maps }, app) {
   });
   const holder = document.createElement("div");
   const drawn = legendSvg({ title: "mean impact", unit, scale, table: "impact" }, app.tables, 360, "currentColor");
-  holder.innerHTML = `<svg width="360" height="${drawn.height}" class="scale" role="img" aria-label="scale">${drawn.svg}</svg>`;
+  holder.innerHTML = `<svg width="360" viewBox="0 0 360 ${drawn.height}" class="scale" role="img" aria-label="scale">${drawn.svg}</svg>`;
   return [h("p", { class: "muted small" }, middle), h("div", { class: "maps" }, tiles), holder.firstChild];
 }

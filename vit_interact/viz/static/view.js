@@ -15,7 +15,7 @@ import { field, percent, smallestWindow } from "./numbers.js";
 // first state, onchange(state)}.
 export function mount(host, meta, load, options = {}) {
   const root = host.shadowRoot ?? host.attachShadow({ mode: "open" });
-  const app = { meta, maps: new Maps(meta, load), pictures: new Map(), options,
+  const app = { meta, maps: new Maps(meta, load), pictures: new Map(), asked: new Set(), options,
                 numbers: { field, smallestWindow } };
   app.tables = Object.fromEntries(Object.entries(meta.colors).map(([name, text]) => [name, fromBase64(text)]));
   app.state = options.address ? fromHash(location.hash, meta)
@@ -23,7 +23,7 @@ export function mount(host, meta, load, options = {}) {
   app.set = (changes) => {
     if (Object.entries(changes).every(([key, value]) => app.state[key] === value)) return;
     app.state = { ...app.state, ...changes };
-    app.due ??= requestAnimationFrame(() => { app.due = null; draw(app); });
+    drawSoon(app);
   };
   root.replaceChildren(h("style", {}, options.css ?? ""), build(app));
   if (options.theme) app.element.dataset.theme = options.theme;
@@ -32,10 +32,15 @@ export function mount(host, meta, load, options = {}) {
       if (location.hash.slice(1) !== toHash(app.state, meta)) app.set(fromHash(location.hash, meta));
     });
   }
-  new ResizeObserver(() => { app.due ??= requestAnimationFrame(() => { app.due = null; draw(app); }); })
-    .observe(app.box);
+  new ResizeObserver(() => drawSoon(app)).observe(app.box);
   draw(app);
   return app;
+}
+
+// With the next frame; until then, and until its maps are there, the page does not call itself ready.
+function drawSoon(app) {
+  app.element.removeAttribute("data-ready");
+  app.due ??= requestAnimationFrame(() => { app.due = null; draw(app); });
 }
 
 function build(app) {
@@ -161,7 +166,11 @@ function picture(app, index) {
     const image = new Image();
     image.onload = () => {
       Object.assign(entry, { ready: true, image, grey: greyCanvas(image) });
-      draw(app);
+      drawSoon(app);
+    };
+    image.onerror = () => {
+      entry.ready = true; // as without a photograph
+      drawSoon(app);
     };
     image.src = address;
     app.pictures.set(index, entry);
@@ -169,31 +178,31 @@ function picture(app, index) {
   return app.pictures.get(index);
 }
 
-// Maps of what is shown first, then of all layers; each draws again when it is there.
+// Maps of what is shown first, then of all layers; each draws again when it is there. One that
+// cannot be read is asked for again only when something else was looked at in between.
 function fetchMaps(app) {
   const { maps, meta, state } = app, base = `${state.image}/${state.indicator}`;
-  const wanted = [`${base}/${state.layer}`, `${base}/impact`];
-  const all = [...(meta.layers.length > 1 ? ["all"] : []), ...meta.layers].map((layer) => `${base}/${layer}`);
-  const again = (error) => {
-    if (error) [app.status.hidden, app.status.textContent] = [false, `This map cannot be read: ${error.message}`];
-    app.due ??= requestAnimationFrame(() => { app.due = null; draw(app); });
-  };
-  const need = wanted.concat(all).filter((key) => !maps.now(key));
-  if (meta.windowGroups && !maps.now(`${state.image}/predicted`)) maps.predicted(state.image).then(() => again(), again);
-  app.asked ??= new Set();
-  for (const key of need) {
-    if (app.asked.has(key)) continue;
+  if (app.base !== base) [app.base, app.failed] = [base, new Map()];
+  const predicted = meta.windowGroups ? [`${state.image}/predicted`] : [];
+  const layers = [state.layer, "impact", ...(meta.layers.length > 1 ? ["all"] : []), ...meta.layers];
+  for (const key of [...layers.map((layer) => `${base}/${layer}`), ...predicted]) {
+    if (maps.now(key) || app.asked.has(key) || app.failed.has(key)) continue;
     app.asked.add(key);
-    const [image, indicator, layer] = key.split("/");
-    const found = layer === "impact" ? maps.impact(image, indicator) : maps.map(image, indicator, layer);
-    found.then(() => again(), again).finally(() => app.asked.delete(key));
+    const [image, indicator, layer] = key.split("/"), { failed } = app;
+    const found = indicator === "predicted" ? maps.predicted(image)
+      : layer === "impact" ? maps.impact(image, indicator) : maps.map(image, indicator, layer);
+    found.catch((error) => failed.set(key, error.message))
+      .then(() => { app.asked.delete(key); drawSoon(app); });
   }
+  const wrong = [...app.failed][0];
+  app.status.hidden = !wrong;
+  say(app.status, wrong ? `A map cannot be read (${wrong[0]}): ${wrong[1]}` : "");
 }
 
 function viewOf(app) {
   const { maps, meta, state, tables } = app, base = `${state.image}/${state.indicator}`;
-  const unit = meta.indicators.find((one) => one.name === state.indicator).unit;
-  return { meta: { ...meta, unit }, state, maps, tables, map: maps.now(`${base}/${state.layer}`),
+  const { unit, combinedUnit } = meta.indicators.find((one) => one.name === state.indicator);
+  return { meta: { ...meta, unit, combinedUnit }, state, maps, tables, map: maps.now(`${base}/${state.layer}`),
            impact: maps.now(`${base}/impact`), predicted: maps.now(`${state.image}/predicted`) };
 }
 
@@ -231,7 +240,7 @@ function draw(app) {
   if (app.options.address) remember(app);
   app.options.onchange?.(state);
   app.lastDraw = performance.now() - started;
-  app.ready = Boolean(view.map && view.impact);
+  app.ready = Boolean(view.map && view.impact && picture(app, state.image).ready);
   app.element.toggleAttribute("data-ready", app.ready);
   app.element.dataset.patch = chosenPatches(state).join(",");
 }
@@ -261,7 +270,7 @@ function drawStage(app, view) {
   const unit = [high / meta.extent[0], wide / meta.extent[1]];
   const { marks, legends } = mainMarks(view);
   const shown = picture(app, state.image);
-  const heat = marks.some((mark) => mark.type === "cells");
+  const heat = marks.some((mark) => mark.type === "cells" && !mark.plain);
   const context = canvas.getContext("2d");
   context.setTransform(dense, 0, 0, dense, 0, 0);
   app.shown = { ground: shown.ready ? (heat ? shown.grey : shown.image) : null, marks, legends };
