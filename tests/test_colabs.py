@@ -1,5 +1,6 @@
 """Notebooks of colabs/: what is committed is whole and small, and each runs top to bottom."""
 
+import functools
 import importlib.util
 import itertools
 import json
@@ -7,6 +8,9 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
+import venv
+from pathlib import Path
 
 import pytest
 
@@ -141,3 +145,31 @@ def test_runs_top_to_bottom(name, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     check_outputs(read(tmp_path / f"{name}.ipynb"))
+
+
+@pytest.mark.slow
+def test_first_cell_installs_the_wheel_just_built(tmp_path):
+    """As in Colab: a kernel without the package, whose other packages are there already."""
+    for package in ("nbclient", "ipykernel", "anywidget"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    root = run_colabs.COLABS.parent
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, root]
+    subprocess.run(build, check=True)
+    (wheel,) = tmp_path.glob("vit_interact-*.whl")
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    # Packages of this Python, but not those that .pth files in there lead to: no vit_interact.
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "venv")}))
+    (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n", "utf-8")
+    where = "import vit_interact; print(vit_interact.__file__)"
+    environment = {**os.environ, "VIT_INTERACT_SOURCE": str(wheel)}
+    for name in ("PYTHONPATH", "XLA_FLAGS"):
+        environment.pop(name, None)
+    call = functools.partial(subprocess.run, cwd=tmp_path, env=environment, capture_output=True)
+    assert call([python, "-c", where]).returncode != 0
+    tool = root / "tools" / "run_colabs.py"
+    done = call([python, tool, "--out", tmp_path / "ran", "analyze"], text=True)
+    assert done.returncode == 0, done.stderr
+    check_outputs(read(tmp_path / "ran" / "analyze.ipynb"))
+    assert str(site) in call([python, "-c", where], text=True).stdout

@@ -95,15 +95,18 @@ def test_windows_differ_as_little_as_is_said(square):
     pack = Pack(square)
     agreement = pack.agreement()
     layout = TokenLayout(8, 8, 0)
-    differ = []
+    differ, off = [], []
     for layer in ("all", 0, 5, 11):
         for image in (0, 1):
             rows = np.nan_to_num(pack.map(image, "leave_one_out", layer))
             back = dequantise(*quantise(rows))
             two = [np.asarray(smallest_windows(one, layout, 0.9)) for one in (rows, back)]
             differ.append((two[0] != two[1]).any(-1).mean())
+            off.append((np.abs(rows - back).max(-1) / rows.max(-1)).max())
     assert agreement.compared == 8 * 64 and agreement.coverage == 0.9
     np.testing.assert_allclose(agreement.differ, np.mean(differ))
+    np.testing.assert_allclose(agreement.error, max(off))
+    assert 1e-4 < agreement.error < 0.012  # a step of 8 bits and the carry
     assert Pack(square, 16).agreement().differ <= agreement.differ < 0.05
 
 

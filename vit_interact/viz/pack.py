@@ -39,17 +39,19 @@ Quantised = tuple[UInt[np.ndarray, "*n P"], Float[np.ndarray, "*n"]]
 
 
 class Agreement(NamedTuple):
-    """How far quantised windows are from those of the arrays.
+    """How far quantised maps and their windows are from the arrays.
 
     Attributes:
       differ: share of windows that differ.
       compared: windows compared, none of them of rows of zeros.
       coverage: of the windows.
+      error: the largest difference of an entry of these rows, as a share of its row's largest.
     """
 
     differ: float
     compared: int
     coverage: float
+    error: float
 
 
 def fitting(data: xr.Dataset, bits: int = 8) -> int:
@@ -207,7 +209,7 @@ class Pack:
         return self._array(scene, "interaction", name, scene.layers.index(int(layer)))
 
     def agreement(self) -> Agreement:
-        """Compares windows of quantised maps with those of the arrays, on maps spread over all."""
+        """Compares quantised maps and their windows with the arrays, on maps spread over all."""
         from vit_interact.interactions.windows import smallest_windows
         from vit_interact.layout import TokenLayout
 
@@ -223,15 +225,20 @@ class Pack:
         most = _COMPARED_LARGE if layout.num_patches > _LARGE else _COMPARED
         step = max(1, len(places) // most)
         differ = compared = 0
+        error = 0.0
         for place in places[::step][:most]:
-            rows = self.map(*place)
+            rows = np.nan_to_num(self.map(*place))
             quantised = dequantise(*quantise(rows, self.bits))
-            boxes = [np.asarray(smallest_windows(one, layout, coverage)) for one in
-                     (np.nan_to_num(rows), quantised)]  # fmt: skip
-            real = np.nan_to_num(rows).max(-1) > 0
+            boxes = [
+                np.asarray(smallest_windows(one, layout, coverage)) for one in (rows, quantised)
+            ]
+            largest = rows.max(-1)
+            real = largest > 0
             differ += int((boxes[0] != boxes[1]).any(-1)[real].sum())
             compared += int(real.sum())
-        return Agreement(differ / max(1, compared), compared, coverage)
+            off = np.abs(rows - quantised).max(-1)[real] / largest[real]
+            error = max(error, float(off.max(initial=0.0)))
+        return Agreement(differ / max(1, compared), compared, coverage, error)
 
     def _array(
         self, scene: Scene, variable: str, name: str, layer: int | None = None
