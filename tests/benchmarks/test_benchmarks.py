@@ -43,7 +43,8 @@ def positive(rows, *columns):
 def test_indicators(run):
     rows = run("indicators", "--models", "vit_ti16@32", "--batches", "1", "--repeats", "1",
                "--indicators", "attention,edge", "--no-peer", "--measure", "layers=(0,)")  # fmt: skip
-    assert [row["what"] for row in rows] == ["forward", "forward + backward", "attention", "edge"]
+    names = [row["what"] for row in rows]
+    assert names == ["forward", "forward + backward", "attention", "edge"]
     positive(rows, "images_s", "ratio", "cpu_ratio", "temporary_mib", "memory_ratio")
 
 
