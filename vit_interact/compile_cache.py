@@ -48,7 +48,7 @@ def keep_compiled(folder: str | os.PathLike[str] = "") -> Path | None:
 
     chosen = os.fspath(folder)
     if not chosen:
-        already = jax.config.jax_compilation_cache_dir
+        already = getattr(jax.config, "jax_compilation_cache_dir", None)
         if already:
             return Path(already)
         chosen = os.environ.get(VARIABLE, "")
