@@ -1,5 +1,6 @@
 """Every benchmark runs at toy size and prints the fields that docs/benchmarks.md shows."""
 
+import functools
 import importlib
 import json
 import sys
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+import vit_interact as vi
 from benchmarks import common
 from benchmarks.fields import plain
 from vit_interact.layout import TokenLayout
@@ -34,23 +36,29 @@ def run(monkeypatch, capsys):
     return call
 
 
+@pytest.fixture
+def shallow(monkeypatch):
+    """Named models have two layers: what is tested is the benchmark."""
+    monkeypatch.setattr(vi, "create_model", functools.partial(vi.create_model, depth=2))
+
+
 def positive(rows, *columns):
     for column in columns:
         assert all(row[column] > 0 for row in rows if column in row), column
         assert any(column in row for row in rows), column
 
 
-def test_indicators(run):
-    rows = run(
-        "indicators", "--models", "vit_ti16@32", "--batches", "1", "--repeats", "1",
-        "--indicators", "attention,edge", "--no-peer", "--measure", "layers=(0,)",
-    )  # fmt: skip
-    assert [row["what"] for row in rows] == ["forward", "forward + backward", "attention", "edge"]
+def test_indicators(run, shallow):
+    rows = run("indicators", "--models", "vit_ti16@32", "--batches", "1", "--repeats", "1",
+               "--indicators", "attention,edge", "--no-peer",
+               "--measure", "layers=(0,)")  # fmt: skip
+    names = [row["what"] for row in rows]
+    assert names == ["forward", "forward + backward", "attention", "edge"]
     positive(rows, "images_s", "ratio", "cpu_ratio", "temporary_mib", "memory_ratio")
 
 
 @pytest.mark.slow
-def test_indicators_are_those_of_pytorch(run):
+def test_indicators_are_those_of_pytorch(run, shallow):
     """The same weights on both sides give the same maps, and peaks are measured for both."""
     pytest.importorskip("transformers")
     rows = run("indicators", "--models", "vit_ti16@32", "--batches", "2", "--repeats", "1",
@@ -90,7 +98,7 @@ def test_statistics(run):
     positive(rows, "us_image", "numpy_us_image", "cpu_ratio")
 
 
-def test_high_resolution(run):
+def test_high_resolution(run, shallow):
     options = ("--model", "vit_ti16", "--sizes", "32,48", "--indicators", "attention")
     rows = run("high_resolution", *options, "--compile-only")
     assert [row["patches"] for row in rows] == [4, 4, 9, 9]
