@@ -161,9 +161,10 @@ def test_leading_axes_chunks_vmap_and_bfloat16_agree():
         np.testing.assert_array_equal(found, one_by_one)
     bytes_of_three = 3 * 4 * (3 * 20 * 6 + 400)  # 20 lanes: four chunks, the last overlaps
     chunked = wd._windows_of_maps(
-        jnp.asarray(maps.reshape(10, 20, 20)), layout, (0.7,), bytes_of_three
-    )
-    np.testing.assert_array_equal(chunked[:, 0], one_by_one.reshape(10, 20, 4))
+        jnp.asarray(maps.reshape(10, 4, 5, 20)), jnp.arange(5), layout, (0.7,), 1, bytes_of_three
+    )  # [maps, columns, coverages, rows, 4]
+    chunked = jnp.swapaxes(chunked[:, :, 0], 1, 2).reshape(10, 20, 4)
+    np.testing.assert_array_equal(chunked, one_by_one.reshape(10, 20, 4))
 
 
 def test_no_maps_have_no_windows():
