@@ -48,6 +48,7 @@ def positive(rows, *columns):
         assert any(column in row for row in rows), column
 
 
+@pytest.mark.slow
 def test_indicators(run, shallow):
     rows = run("indicators", "--models", "vit_ti16@32", "--batches", "1", "--repeats", "1",
                "--indicators", "attention,edge", "--no-peer",
@@ -98,6 +99,7 @@ def test_statistics(run):
     positive(rows, "us_image", "numpy_us_image", "cpu_ratio")
 
 
+@pytest.mark.slow
 def test_high_resolution(run, shallow):
     options = ("--model", "vit_ti16", "--sizes", "32,48", "--indicators", "attention")
     rows = run("high_resolution", *options, "--compile-only")
