@@ -32,6 +32,8 @@ from vit_interact.verify import removal, windows
 from vit_interact.verify.curves import resample, share
 from vit_interact.verify.subject import Subject
 
+# Of windows; each trial takes the one that is nearest to the wanted area.
+COVERAGES = tuple(c / 100 for c in range(8, 84, 4))
 NOISY = 4
 # Of normalised pixels.
 NOISE = 0.15
@@ -50,20 +52,20 @@ class Trials:
         self.model, self.params, self.area = model, params, area
         self.subject, self.layout = Subject.of(model), model.config.layout
         self.left = removal.patches_left(removed, self.layout)
-        self.coverages: dict[str, float] = {}
+        self.chosen: dict[str, int] = {}
         subject = self.subject
 
-        def compiled(function: Callable[..., Any], **how: Any) -> Callable[..., Any]:
+        def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
             # Parameters are an argument: as constants they would be compiled in.
-            return functools.partial(jax.jit(function, **how), params)
+            return functools.partial(jax.jit(function), params)
 
-        def shrink(params: Any, images: jax.Array, coverages: tuple[float, ...]) -> jax.Array:
-            return windows.staged_windows(subject, params, images, "gradient", coverages)
+        def shrink(params: Any, images: jax.Array) -> jax.Array:
+            return windows.staged_windows(subject, params, images, "gradient", COVERAGES[3:-6])
 
         self.plain = compiled(lambda params, images: subject.apply(params, images, None))
         self.inside = compiled(functools.partial(windows.apply_windows, subject))
         self.drop = compiled(subject.drop)  # type: ignore[arg-type]
-        self.shrink = compiled(shrink, static_argnums=2)
+        self.shrink = compiled(shrink)
 
     def maps(self, name: str, images: jax.Array, score: Any = "predicted") -> jax.Array:
         """One indicator of all layers."""
@@ -123,35 +125,17 @@ class Trials:
             "gradient, staged": lambda x: staged(removal.stage_sizes(patches), x),
         }
 
-    def boxes(self, name: str, rows: jax.Array) -> jax.Array:
-        """Windows of the wanted mean area: the coverage is found on the first batch."""
-        if name not in self.coverages:
-            self.coverages[name] = self._coverage(rows)
-        return vx.smallest_windows(rows, self.layout, self.coverages[name])
-
-    def _coverage(self, rows: jax.Array) -> float:
-        low, high = 0.0, 1.0
-        for _ in range(8):
-            middle = (low + high) / 2
-            boxes = vx.smallest_windows(rows, self.layout, middle)
-            if self.area_of(boxes) < self.area:
-                low = middle
-            else:
-                high = middle
-        return (low + high) / 2
+    def choose(self, name: str, windows_by_coverage: jax.Array) -> jax.Array:
+        """Of windows `[Q, L, B, P, 4]` those nearest to the wanted area, on the first batch."""
+        if name not in self.chosen:
+            areas = [self.area_of(boxes) for boxes in windows_by_coverage]
+            self.chosen[name] = int(np.argmin(np.abs(np.array(areas) - self.area)))
+        return windows_by_coverage[self.chosen[name]]
 
     def area_of(self, boxes: jax.Array) -> float:
         """Mean area over layers that can reach the logits."""
         reaching = boxes[jnp.asarray(self.subject.reaching)]
         return float(vx.window_area(reaching, self.layout).mean())
-
-    def staged(self, images: jax.Array) -> jax.Array:
-        """Staged windows of `gradient`, their coverage found like that of the others."""
-        if "staged" not in self.coverages:
-            tried = tuple(c / 100 for c in range(20, 65, 5))
-            areas = [self.area_of(boxes) for boxes in self.shrink(images, tried)]
-            self.coverages["staged"] = float(np.interp(self.area, areas, tried))
-        return self.shrink(images, (self.coverages["staged"],))[0]
 
     def run(self, images: jax.Array) -> dict[str, tuple[np.ndarray, float | None]]:
         """Trial to logits, and the area of its windows."""
@@ -163,8 +147,9 @@ class Trials:
                 found[f"windows: {name}{kind}"] = np.asarray(logits), float(area.mean())
 
         for name, rows in self.rows().items():
-            restrict(name, self.boxes(name, rows(images)))
-        restrict("gradient, staged", self.staged(images))
+            made = vx.smallest_windows(rows(images), self.layout, COVERAGES)
+            restrict(name, self.choose(name, made))
+        restrict("gradient, staged", self.choose("staged", self.shrink(images)))
         for name, order in self.orders().items():
             keep = removal.kept_patches(order(images), self.left)
             found[f"removal: {name}"] = np.asarray(self.drop(images, keep)), None

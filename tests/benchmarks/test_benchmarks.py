@@ -3,7 +3,9 @@
 import functools
 import importlib
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,6 +16,7 @@ from benchmarks import common
 from benchmarks.fields import plain
 from vit_interact.layout import TokenLayout
 
+ROOT = Path(__file__).parents[2]
 SETTING = {"benchmark", "command", "date", "device", "processor", "cores", "load_before",
            "python", "versions", "rows"}  # fmt: skip
 
@@ -118,15 +121,20 @@ def test_data_path(run):
 
 @pytest.mark.slow
 def test_memory_and_training(run):
-    rows = run("memory", "--model", "vit_ti16", "--batch", "1")
+    rows = run("memory", "--model", "vit_ti16", "--depth", "2", "--only", "attention", "edge")
     positive(rows, "temporary_mib", "ratio")
     rows = run("training", "--size", "32", "--batch-size", "8", "--repeats", "1")
     positive(rows, "images_s", "s_step", "mfu", "ratio")
 
 
 @pytest.mark.slow
-def test_scaling(run):
-    rows = run("scaling", "--devices", "1,2", "--batch", "8")
+def test_scaling():
+    """In a process of its own, where the number of devices is still to be had."""
+    command = [sys.executable, "-m", "benchmarks.scaling", "--json", "--devices", "1,2",
+               "--batch", "8"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
     assert {(row["strategy"], row["processes"]) for row in rows} >= {
         ("one device", 1), ("replicate", 1), ("fsdp", 2), ("tensor", 2),
     }  # fmt: skip
