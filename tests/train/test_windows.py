@@ -1,5 +1,6 @@
 """Training with windows: what is learned, from whom, and what it is compared with."""
 
+import dataclasses
 import json
 
 import jax
@@ -20,8 +21,10 @@ from vit_interact.models.winft import to_winft, without_windows
 from vit_interact.survey.offsets import maps_of_kernel, offset_windows
 from vit_interact.survey.quantities import Design, kernel, observe, pool
 from vit_interact.survey.store import save, to_dataset
+from vit_interact.train.alongside import Alongside
 from vit_interact.train.config import as_json, differences
 from vit_interact.train.optimizer import frozen_leaves
+from vit_interact.train.sharding import make_mesh
 from vit_interact.train.state import begin
 from vit_interact.train.step import Recipe, make_train_step
 from vit_interact.train.train import train
@@ -148,6 +151,50 @@ def test_a_run_opens_as_it_ended(tmp_path, guide):
     # A run that begins with it goes on with its windows.
     again = run(tmp_path / "more", init=str(tmp_path), winft__sharpness=(0.25, 0.1), model__name="")
     assert again[0]["windows/area"] == pytest.approx(lines[-1]["windows/area"], abs=0.05)
+
+
+@pytest.mark.slow
+def test_evaluation_by_itself_takes_the_sharpness_that_the_run_ended_with(tmp_path):
+    settings = {
+        "winft__windows": "predicted", "winft__sharpness": (4.0, 0.25), "winft__every": 4,
+        "schedule__rate": 0.05, "optimizer__window_rate": 20.0, "checkpoint__export": "last",
+        "steps": 6, "init": "",
+    }  # fmt: skip
+    train(tiny.config(**settings), tmp_path / "run", tiny.data(), devices=ONE)
+    ended = json.loads((tmp_path / "run" / "val.json").read_text())
+    settings |= {"eval_only": True, "init": str(tmp_path / "run"), "model__name": ""}
+
+    def judged(name, **changes):
+        config = tiny.config(**{**settings, **changes})
+        return train(config, tmp_path / name, tiny.data(), devices=ONE)["val"]
+
+    assert judged("again")["loss"] == pytest.approx(ended["loss"], rel=1e-5)
+    model, params = vi.load_model(tmp_path / "run")
+    windows = dataclasses.replace(model.config.windows, hard=True)
+    hard = model.clone(config=dataclasses.replace(model.config, windows=windows))
+    data = tiny.data()["val"]
+    images = vi.load_checkpoint(tmp_path / "run").preprocess.normalize(data.images)
+    logits = hard.apply({"params": params}, images)
+    own = -jnp.mean(jax.nn.log_softmax(logits)[np.arange(len(data.labels)), data.labels])
+    assert judged("hard", winft__hard=True)["loss"] == pytest.approx(float(own), rel=1e-5)
+    assert float(own) != pytest.approx(ended["loss"], rel=1e-4)
+
+
+def test_alongside_measures_windows_as_sharp_as_they_are(model, params):
+    wide, wide_params = to_winft(model, params, WindowConfig(reach=-1.0, sharpness=2.0))
+    sharp = planned(model, winft__windows="predicted")._replace(model=wide)._with(sharpness=0.3)
+    mesh = make_mesh("replicate", 1, 1, ONE)
+    pictures = jnp.asarray(tiny.data()["val"].images[:4])
+    batch = {"pictures": pictures, "mask": jnp.ones(4, bool)}
+
+    def spread(model, sharpness):
+        alongside = Alongside(model, Preprocess(size=(16, 16)), mesh, batch, ("attention",), (0.9,))
+        alongside.begin(0, wide_params, sharpness)
+        _, watched = alongside.take()
+        return alongside.scalars(watched)["interactions/attention_spread/layer_01"]
+
+    assert spread(wide, 0.3) == pytest.approx(spread(sharp, None), rel=1e-5)
+    assert spread(wide, 0.3) != pytest.approx(spread(wide, None), rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["local", slow("shifted"), slow("random")])

@@ -51,6 +51,7 @@ def probe(
     score: Callable[[Array], Array],
     keep: Array | None = None,
     mask: Any = None,
+    sharpness: Any = None,
 ) -> Probed:
     """Runs the model once (and once backward if `taps.reduce_grad` is set); traceable.
 
@@ -63,9 +64,11 @@ def probe(
       score: maps logits `[B, classes]` to a score for each image `[B]`.
       keep: patches that stay `[B, K]`, for our `ViT` only; None keeps all.
       mask: True = attend, as our `ViT` takes it; None masks nothing.
+      sharpness: of the predicted windows of our `ViT`; None is that of its config.
     """
     if isinstance(model, ViT):
-        return _probe_ours(model, params, images, taps, sinks, score, keep, mask)
+        given = {"keep": keep, "mask": mask, "sharpness": sharpness}
+        return _probe_ours(model, params, images, taps, sinks, score, given)
     return _probe_foreign(model, params, images, taps, sinks, score)
 
 
@@ -157,17 +160,16 @@ def _probe_ours(
     taps: Taps,
     sinks: Any,
     score: Any,
-    keep: Array | None,
-    mask: Any,
+    given: dict[str, Any],
 ) -> Probed:
-    config = model.config
+    config, keep = model.config, given["keep"]
     tokens = config.layout.num_tokens if keep is None else config.prefix + keep.shape[1]
     model = model.clone(taps=taps)
     layers = range(config.depth) if taps.layers is None else taps.layers
 
     def run(sink_tree: Any) -> tuple[Array, Any]:
         variables = {"params": params, SINKS: sink_tree}
-        return model.apply(variables, images, keep=keep, mask=mask, mutable=["intermediates"])
+        return model.apply(variables, images, **given, mutable=["intermediates"])
 
     def read(tree: Any, layer: int) -> Any:
         block = "encoderblock" if config.scan else f"encoderblock_{layer}"

@@ -171,7 +171,7 @@ class Design:
 
 
 def observe(
-    design: Design, model: ViT, params: Mapping[str, Any], images: Images
+    design: Design, model: ViT, params: Mapping[str, Any], images: Images, sharpness: Any = None
 ) -> dict[str, Float[Array, ...]]:
     """The quantities of a batch; traceable, and no stack `[L, B, H, N, N]` exists.
 
@@ -180,6 +180,7 @@ def observe(
       model: our `ViT`.
       params: its parameters.
       images: normalised `[B, h, w, 3]`.
+      sharpness: of predicted windows; None is that of the model's config.
 
     Returns:
       Name to entries: the first axis is that of images, or, for what is of each patch, of patches
@@ -199,7 +200,7 @@ def observe(
         return dict.fromkeys(backward, jax.ShapeDtypeStruct(shape, attended.weights.dtype))
 
     score = functools.partial(class_score, classes=None)
-    probed = probe(model, params, jnp.asarray(images), taps, sinks, score)
+    probed = probe(model, params, jnp.asarray(images), taps, sinks, score, sharpness=sharpness)
     found = {"attention_distance": _stack(probed.forward, "distance")}
     for name in names:
         maps = _stack(probed.backward if name in backward else probed.forward, name, axis=0)

@@ -79,8 +79,9 @@ class Alongside:
 
         patches = self.design.layout.num_patches
 
-        def watch(params: Any, pictures: Any, mask: Any) -> Watched:
-            found = observe(self.design, model, params, preprocess.normalize(pictures))
+        def watch(params: Any, pictures: Any, mask: Any, sharpness: Any) -> Watched:
+            images = preprocess.normalize(pictures)
+            found = observe(self.design, model, params, images, sharpness)
             # Patches of the first image come first.
             arrows = {
                 name: jnp.stack(
@@ -103,12 +104,18 @@ class Alongside:
             model, preprocess, mesh, batch, tuple(config.indicators), tuple(config.coverages)
         )
 
-    def begin(self, step: int, params: Any) -> None:
-        """Dispatches; returns before anything is computed, but for the first time."""
+    def begin(self, step: int, params: Any, sharpness: float | None = None) -> None:
+        """Dispatches; returns before anything is computed, but for the first time.
+
+        Args:
+          step: that comes next.
+          params: before it.
+          sharpness: of predicted windows at that step; None is that of the model's config.
+        """
+        arguments = params, self._batch["pictures"], self._batch["mask"], sharpness
         if self.seconds is None:
-            self.seconds = self._time(params)
-        found = self._watch(params, self._batch["pictures"], self._batch["mask"])
-        self._waiting = step, found
+            self.seconds = self._time(*arguments)
+        self._waiting = step, self._watch(*arguments)
 
     def take(self) -> tuple[int, Watched] | None:
         """What was dispatched last, once; waits for it."""
@@ -118,12 +125,11 @@ class Alongside:
         self._waiting = None
         return step, jax.device_get(found)
 
-    def _time(self, params: Any) -> float:
+    def _time(self, *arguments: Any) -> float:
         """Seconds of one run by itself, after compilation."""
-        pictures, mask = self._batch["pictures"], self._batch["mask"]
-        jax.block_until_ready(self._watch(params, pictures, mask))
+        jax.block_until_ready(self._watch(*arguments))
         start = time.perf_counter()
-        jax.block_until_ready(self._watch(params, pictures, mask))
+        jax.block_until_ready(self._watch(*arguments))
         return time.perf_counter() - start
 
     def scalars(self, watched: Watched) -> dict[str, float]:

@@ -21,7 +21,7 @@ from vit_interact.models.config import ViTConfig
 FREE = (
     "log_every", "checkpoint", "data.workers", "data.threads", "data.cache", "data.test",
     "data.corrupt", "eval", "eval_only", "profile", "compile_cache", "tensorboard", "interactions",
-    "sharding", "on_change", "stop_after",
+    "sharding", "on_change", "stop_after", "winft.hard",
 )  # fmt: skip
 
 CHOICES = {
@@ -146,6 +146,8 @@ def default_config() -> ConfigDict:
     config.winft.reach = 5.0  # patches beyond the grid, before training
     config.winft.start = 3.0  # logit of every distance, before training
     config.winft.sharpness = (1.0, 1.0)  # patches, at the first and the last step; geometric
+    # Evaluation attends within whole patches of predicted windows, without the soft border.
+    config.winft.hard = False
     # What teaches predicted windows: the model itself, a teacher, a file, or "" for the task only.
     config.winft.guide = "self"
     config.winft.weight = (1.0, 1.0)  # of the guidance loss at the first and last step; linear

@@ -128,15 +128,18 @@ def _train(
     for line in (*lines, overview(model, mesh, inputs, config.batch_size, steps)):
         log.say(line)
     eval_step = jax.jit(
-        make_eval_step(model, preprocess, windowing.attend), out_shardings=replicated(mesh)
+        make_eval_step(windowing.judged, preprocess, windowing.attend),
+        out_shardings=replicated(mesh),
     )
     val = None if inputs.val is None else EvalFeed(inputs.val, config, mesh, preprocess)
     result: dict[str, Any] = {"step": step, "finished": step >= steps}
 
     def judge(split: str, feed: EvalFeed, curve: bool = False) -> float:
         now = int(state.step)
-        settings = {"sharpness": windowing.sharpness_at(now), "teaching": teaching}
-        seen = functools.partial(eval_step, **settings)
+        # What was trained by another run keeps the sharpness that it ended with.
+        foreign = config.eval_only and found is None
+        sharpness = None if foreign else windowing.sharpness_at(now)
+        seen = functools.partial(eval_step, sharpness=sharpness, teaching=teaching)
         figures = evaluate(seen, state.best_params, feed.batches())
         last = not curve or now == steps
         write_figures(workdir, split, figures, inputs.class_names, log, now, curve, last)
@@ -194,7 +197,7 @@ def _train(
             if config.profile.first and step == config.profile.first:
                 jax.profiler.start_trace(str(workdir / "profile"))
             if alongside is not None and step % config.interactions.every == 0:
-                alongside.begin(step, state.params)
+                alongside.begin(step, state.params, windowing.sharpness_at(step))
             state, running = train_step(state, batch, feed.store, teaching)
             step += 1
             if step == first + 1:

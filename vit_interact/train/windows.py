@@ -150,6 +150,7 @@ class Windowing(NamedTuple):
       teaching: parameters of the teacher, or None.
       weight: of the guidance loss by step.
       sharpness: `τ` by step, or None for that of the model.
+      hard: whether patches attend within whole patches of their windows when the model is judged.
     """
 
     model: ViT
@@ -160,6 +161,12 @@ class Windowing(NamedTuple):
     teaching: Any = None
     weight: Callable[[Any], Any] = lambda step: 0.0
     sharpness: Callable[[Any], Any] | None = None
+    hard: bool = False
+
+    @property
+    def judged(self) -> ViT:
+        """The model that is evaluated."""
+        return self._with(hard=True) if self.hard else self.model
 
     def sharpness_at(self, step: int) -> float | None:
         """`τ` after so many steps, or None for that of the model."""
@@ -167,11 +174,16 @@ class Windowing(NamedTuple):
 
     def model_at(self, step: int) -> ViT:
         """The model whose windows are as sharp as they are after so many steps."""
-        tau, windows = self.sharpness_at(step), self.model.config.windows
-        if tau is None or windows is None:
+        tau = self.sharpness_at(step)
+        return self.model if tau is None else self._with(sharpness=tau)
+
+    def _with(self, **changes: Any) -> ViT:
+        """The model with other settings of its windows."""
+        config = self.model.config
+        if config.windows is None:
             return self.model
-        windows = dataclasses.replace(windows, sharpness=tau)
-        return self.model.clone(config=dataclasses.replace(self.model.config, windows=windows))
+        windows = dataclasses.replace(config.windows, **changes)
+        return self.model.clone(config=dataclasses.replace(config, windows=windows))
 
 
 def plan_windows(config: Any, model: ViT, params: Any, steps: int) -> Windowing:
@@ -222,6 +234,7 @@ def plan_windows(config: Any, model: ViT, params: Any, steps: int) -> Windowing:
         teaching=teaching,
         weight=lambda step: strong + (weak - strong) * step / steps,
         sharpness=lambda step: first * (last / first) ** (step / steps),
+        hard=winft.hard,
     )
 
 
