@@ -13,6 +13,7 @@ import vit_interact as vi
 from vit_interact import interactions as vx
 from vit_interact.interactions.boxes import hard_windows
 from vit_interact.interactions.controls import local_windows, shifted_windows
+from vit_interact.models import attend
 from vit_interact.models.attention import Taps
 from vit_interact.models.config import ViTConfig, WindowConfig
 from vit_interact.models.weights import stack_layers
@@ -30,7 +31,7 @@ def make(seed=0, name="vit_ti16", **fields):
     settings = {**FIELDS, "image_size": (16, 20), "num_classes": 5, **fields}
     model = vi.create_model(name, **settings)
     keys = jax.random.split(jax.random.key(seed), 3)
-    images = jax.random.normal(keys[0], (2, 16, 20, 3))
+    images = jax.random.normal(keys[0], (2, *model.config.image_size, 3))
     params = model.init(keys[1], images)["params"]
     # Weights of some size, so that attention is not uniform and heads are not zero.
     leaves, tree = jax.tree.flatten(params)
@@ -213,6 +214,28 @@ def test_training_takes_little_more_memory_than_explicit_attention(fields):
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert held(ours) < 1.15 * held(model.clone(taps=Taps()))
+
+
+def test_many_tokens_are_worked_on_in_blocks(monkeypatch):
+    model, params, images = make(image_size=(64, 96), depth=1, windows=WindowConfig())
+    params = turned(params)
+
+    def loss(params):
+        return jnp.sum(jnp.square(apply(model, params, images)))
+
+    def compiled():
+        return jax.jit(jax.value_and_grad(loss)).lower(params).compile()
+
+    whole = compiled()
+    monkeypatch.setattr(attend, "WEIGHT_BYTES", 2**19)
+    monkeypatch.setattr(attend, "SMALLEST_BLOCK", 32)
+    blocks = compiled()
+    held = [program.memory_analysis().temp_size_in_bytes for program in (whole, blocks)]
+    assert held[1] < 0.5 * held[0]
+    for one, other in zip(
+        *(jax.tree.leaves(program(params)) for program in (whole, blocks)), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * float(jnp.abs(one).max()))
 
 
 def test_given_windows_are_a_mask():

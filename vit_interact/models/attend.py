@@ -306,16 +306,24 @@ def fused_attention(
     """
     given = () if mask is None else (mask,)
     return lax.platform_dependent(
-        query, key, value, *given, cpu=_fused_on_cpu, default=_dot_product_attention
+        query, key, value, *given, cpu=plain_attention, default=_dot_product_attention
     )
 
 
-def _fused_on_cpu(query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
+def plain_attention(
+    query: Float[Array, "*B N H K"],
+    key: Float[Array, "*B M H K"],
+    value: Float[Array, "*B M H K"],
+    mask: Bool[Array, ...] | None = None,
+    bias: SeparableBias | None = None,
+) -> Float[Array, "*B N H K"]:
+    """The same output by products and softmax, in blocks of queries where there are many tokens."""
     *batch, queries, heads, _ = query.shape
     blocks = suitable_blocks(math.prod(batch), heads, queries, key.shape[-3])
-    if blocks is None:
-        return explicit_attention(query, key, value, None, mask).output
-    return attend_in_blocks((query, key, value, None, mask, None), blocks)[0]
+    if blocks is not None:
+        return attend_in_blocks((query, key, value, bias, mask, None), blocks)[0]
+    full = None if bias is None else bias.full(key.shape[-3])
+    return explicit_attention(query, key, value, full, mask).output
 
 
 def _dot_product_attention(

@@ -34,6 +34,7 @@ from vit_interact.models.attend import (
     attend_in_blocks,
     explicit_attention,
     fused_attention,
+    plain_attention,
 )
 
 KINDS = ("weights", "logits", "values", "output", "query", "key")
@@ -172,15 +173,13 @@ class MultiHeadDotProductAttention(nn.Module):
         project_out = nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="out")
 
         taps = self.taps
-        if not taps and bias is None:
-            return project_out(fused_attention(query, key, value, mask))
-
-        logit_bias: Any = bias
-        if bias is not None and not (taps and taps.blocks):
-            logit_bias = bias.full(tokens=inputs_kv.shape[1])
         if not taps or self.is_initializing():
-            attended = explicit_attention(query, key, value, logit_bias, mask)
-            return project_out(attended.output)
+            if bias is None:
+                return project_out(fused_attention(query, key, value, mask))
+            return project_out(plain_attention(query, key, value, mask, bias))
+        logit_bias: Any = bias
+        if bias is not None and not taps.blocks:
+            logit_bias = bias.full(tokens=inputs_kv.shape[1])
         # The kernel exists before it is used: parameters were made by `init`.
         kernel: Any = self.get_variable("params", "out")["kernel"]
         scaled = kernel if layer_scale is None else kernel * layer_scale
