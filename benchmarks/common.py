@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import datetime
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import math
@@ -55,6 +56,21 @@ def some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
 def numbers(text: str) -> list[int]:
     """An argparse type: whole numbers with commas between them."""
     return [int(part) for part in text.split(",")]
+
+
+def add_no_peer(parser: argparse.ArgumentParser) -> None:
+    """Adds `--no-peer`; see `has_peer`."""
+    parser.add_argument("--no-peer", action="store_true", help="without PyTorch")
+
+
+def has_peer(options: argparse.Namespace) -> bool:
+    """Whether PyTorch takes part; says how to get it where it is missing."""
+    if options.no_peer:
+        return False
+    found = importlib.util.find_spec("transformers") is not None
+    if not found:
+        print('PyTorch is not here: pip install -e ".[bench]"', file=sys.stderr)
+    return found
 
 
 def add_measure(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import importlib.util
 import json
 import os
 import re
@@ -66,16 +65,14 @@ def main() -> None:
     parser.add_argument("--indicators", type=common.some_of(tuple(vx.INDICATORS)),
                         default=list(vx.INDICATORS))  # fmt: skip
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--no-peer", action="store_true", help="without PyTorch")
+    common.add_no_peer(parser)
     parser.add_argument("--memory", action="store_true", help="peaks, in processes of their own")
     common.add_measure(parser)
     parser.add_argument("--peaks-of", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     models, batches = _FULL if options.full else _SHORT
     models, batches = options.models or models, options.batches or batches
-    peer = not options.no_peer and importlib.util.find_spec("transformers") is not None
-    if not peer and not options.no_peer:
-        print('PyTorch is not here: pip install -e ".[bench]"', file=sys.stderr)
+    peer = common.has_peer(options)
     arguments = dict(options.measure)
     if options.peaks_of:
         case = make_case(models[0], batches[0], options.indicators, options.dtype, peer, arguments)

@@ -56,6 +56,34 @@ def forward(model: Any, pixels: Any, implementation: str) -> Callable[[], Any]:
     return call
 
 
+def training_step(model: Any, pixels: Any, labels: Any, mixed: bool) -> Callable[[], Any]:
+    """A call that trains on one batch as people do: SDPA, AdamW, compiled on a GPU.
+
+    Args:
+      model: from `build`; on the pixels' device.
+      pixels: `[B, 3, h, w]`.
+      labels: `[B]`.
+      mixed: computes in bfloat16 with float32 parameters.
+    """
+    import torch
+
+    model.train().set_attn_implementation("sdpa")
+    gpu = pixels.device.type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0.05, fused=gpu)
+    run = torch.compile(model) if gpu else model
+
+    def call() -> Any:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=mixed):
+            loss = torch.nn.functional.cross_entropy(run(pixels).logits.float(), labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss.item()  # waits for the GPU
+
+    return call
+
+
 def measure(model: Any, pixels: Any, indicator: str) -> Callable[[], Any]:
     """A call that gives `[L, B, N, N]`, as `vi.measure(..., (indicator,))[indicator]` does."""
     import torch

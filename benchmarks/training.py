@@ -6,12 +6,14 @@ The data path reads the embedded photographs again and again: decoded each time 
 with augmentation by the host and without, and with it by the device. Then training steps (plain,
 with predicted windows, with guidance of them) and indicator runs take turns in one process. `mfu`
 is the step's matrix products over the device's peak; the last rows are what guidance, and an
-indicator every 100 steps, cost.
+indicator every 100 steps, cost. A step of Hugging Face's ViT in PyTorch (SDPA, AdamW; compiled on a
+GPU) takes turns, too, unless `--no-peer`; its `ratio` is to our step, as of the others.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -43,12 +45,14 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=112)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--dtype", default="float32")
+    common.add_no_peer(parser)
     options = parser.parse_args()
     fixed = {"model": options.model, "pixels": options.size, "batch": options.batch_size,
              "dtype": options.dtype}  # fmt: skip
-    report = common.Report("training", fixed, ("flax", "optax", "grain"))
+    report = common.Report("training", fixed, ("flax", "optax", "grain", "torch", "transformers"))
     config = _config(options)
-    for row in [*_data_path(config, options.repeats), *_steps(config, options.repeats)]:
+    peer = common.has_peer(options)
+    for row in [*_data_path(config, options.repeats), *_steps(config, options.repeats, peer)]:
         report.add(**row)
     report.show(options.json)
 
@@ -88,7 +92,7 @@ def _data_path(config: Any, repeats: int) -> list[common.Row]:
     return rows
 
 
-def _steps(config: Any, repeats: int) -> list[common.Row]:
+def _steps(config: Any, repeats: int, peer: bool) -> list[common.Row]:
     """Steps and the indicator alongside, by turns; each arm's MFU is of its own arithmetic."""
     size = tuple(config.model.image_size)
     model = vi.create_model(
@@ -117,7 +121,10 @@ def _steps(config: Any, repeats: int) -> list[common.Row]:
         return watched.take()
 
     calls["indicator, fields and windows"] = watch
-    times = common.take_turns(calls, repeats)
+    if peer:
+        calls["step in PyTorch"] = _peer_step(model, config)
+        configs["step in PyTorch"] = model.config
+    times = common.take_turns(calls, repeats, pause=0.02 if peer else 0)
     step, batch = times["step"], config.batch_size
     peak, _ = peak_flops(jax.device_count())
     rows: list[common.Row] = []
@@ -165,6 +172,22 @@ def _step(
     size = tuple(config.model.image_size)
     batch = next(Feed(source, config, mesh, size).batches(range(1)))
     return lambda: step(state, batch), model.config
+
+
+def _peer_step(model: ViT, config: Any) -> Callable[[], Any]:
+    """A call that trains PyTorch's model of the same sizes on noise."""
+    import torch
+
+    from benchmarks import torch_route
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    pixels = torch.randn(config.batch_size, 3, *config.model.image_size, device=where)
+    labels = torch.arange(config.batch_size, device=where) % model.config.num_classes
+    mixed = config.model.dtype == "bfloat16"
+    return torch_route.training_step(
+        torch_route.build(model.config).to(where), pixels, labels, mixed
+    )
 
 
 if __name__ == "__main__":

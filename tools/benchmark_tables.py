@@ -26,7 +26,10 @@ from benchmarks.common import columns_of, shown
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, RESULTS = DOCS / "benchmarks.md", DOCS / "benchmarks"
 COMMANDS: dict[str, list[str]] = {
-    "indicators": ["indicators", "--full", "--memory"],
+    "indicators": ["indicators", "--models", "vit_s16", "--batches", "1,8", "--memory"],
+    "indicators_518": ["indicators", "--models", "vit_s14@518", "--batches", "1", "--memory"],
+    "indicators_b16": ["indicators", "--models", "vit_b16", "--batches", "1,8", "--repeats", "3"],
+    "indicators_32": ["indicators", "--models", "vit_s16", "--batches", "32", "--repeats", "3"],
     "fields": ["fields"],
     "windows": ["windows"],
     "statistics": ["statistics", "--parts", "survey,update,memory"],
