@@ -87,7 +87,7 @@ def main() -> None:
     (arguments.out / "table.json").write_text(json.dumps(table, indent=1) + "\n", "utf-8")
     _print(table)
     if table["arms"]:
-        _draw(table, arguments.out / "curves.png")
+        _draw(table, arguments.out)
     raise SystemExit(1 if failed else 0)
 
 
@@ -240,15 +240,22 @@ def _pooled(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _draw(table: dict[str, Any], path: Path) -> None:
+def _draw(table: dict[str, Any], folder: Path) -> None:
     from vit_interact.viz.png import save
-    from vit_interact.viz.training import draw_arms
+    from vit_interact.viz.training import draw_arms, draw_window_areas
 
-    arms = {
-        arm: [run["val_by_epoch"] for run in row["runs"].values()]
-        for arm, row in table["arms"].items()
-    }
-    save(draw_arms(arms), path)
+    runs = {arm: list(row["runs"].values()) for arm, row in table["arms"].items()}
+    save(draw_arms({arm: [r["val_by_epoch"] for r in own] for arm, own in runs.items()}),
+         folder / "curves.png")  # fmt: skip
+    areas = {arm: found for arm, own in runs.items() if all(found := [_areas(r) for r in own])}
+    if areas:
+        save(draw_window_areas(areas), folder / "areas.png")
+
+
+def _areas(run: dict[str, Any]) -> list[tuple[int, float]]:
+    """Area of predicted windows by layer; nothing for other windows."""
+    head = "windows/area/layer_"
+    return [(int(key.removeprefix(head)), run[key]) for key in sorted(run) if key.startswith(head)]
 
 
 def _print(table: dict[str, Any]) -> None:

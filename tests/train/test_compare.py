@@ -31,7 +31,7 @@ def test_runs_are_made_once_and_pooled(tmp_path):
     done, table = compare("--jobs", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert not table["failed"] and set(table["arms"]) == {"taught", "vit", "local"}
-    assert (out / "curves.png").stat().st_size > 5000
+    assert all((out / name).stat().st_size > 5000 for name in ("curves.png", "areas.png"))
     runs = table["arms"]["taught"]["runs"]
     assert set(runs) == {"0", "1"} and runs["0"]["windows/iou"] > 0
     values = [run["val"] for run in runs.values()]

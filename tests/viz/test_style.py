@@ -78,9 +78,18 @@ def arms() -> Figure:
     return training.draw_arms({**runs, "of their own": [[(1, 0.2), (9, 0.4)]] * 2})
 
 
+def areas() -> dict[str, list[list[tuple[int, float]]]]:
+    shares = [0.9, 0.44, 0.5, 0.44, 0.43, 0.44]
+    return {
+        "winft": [[(k, a - 0.02 * n) for k, a in enumerate(shares)] for n in range(3)],
+        "free": [[(k, 0.9 - 0.1 * k) for k in range(6)]],
+    }
+
+
 ONE = make_dataset(6, 9, names=("wide.jpg",), zero_rows=(0, 31))
 EVERY: dict[str, Callable[[], Figure]] = {
     **{stem: lambda draw=draw: draw(ONE.isel(image=0)) for stem, draw in figures.FIGURES.items()},
+    "window areas": lambda: training.draw_window_areas(areas()),
     "sheet": lambda: report.draw_contact_sheet(ONE),
     "kernel": lambda: survey.draw_kernel(surveyed(), "edge"),
     "fields": lambda: survey.draw_fields(surveyed()),

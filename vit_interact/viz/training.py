@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -174,26 +174,48 @@ def draw_arms(arms: Mapping[str, Sequence[Sequence[tuple[float, float]]]]) -> Fi
     Args:
       arms: by name, each run as pairs of (epoch, accuracy); runs of an arm have the same epochs.
     """
+    figure, axes = _arms_figure(arms, lambda values: percent(values[:, -1].mean(), 1))
+    axes.set(xlabel="epoch", ylabel="held-out top-1 (share of images)")
+    # Best first, as the lines end.
+    handles, labels = axes.get_legend_handles_labels()
+    ends = [-np.mean([run[-1][1] for run in runs]) for runs in arms.values()]
+    order = np.argsort(ends, kind="stable")
+    axes.legend([handles[k] for k in order], [labels[k] for k in order], loc="lower right")
+    return figure
+
+
+@styled
+def draw_window_areas(arms: Mapping[str, Sequence[Sequence[tuple[int, float]]]]) -> Figure:
+    """Mean area of predicted windows by layer: the mean of each arm's runs, and all of them.
+
+    Args:
+      arms: by name, each run as pairs of (layer, share of the grid).
+    """
+    figure, axes = _arms_figure(arms, lambda values: f"{percent(values.mean(), 0)} of the grid")
+    axes.set(xlabel="layer", ylabel="window area (share of the grid)", ylim=(0, 1.02))
+    axes.set_xticks([layer for layer, _ in next(iter(arms.values()))[0]])
+    axes.legend(loc="lower left")
+    return figure
+
+
+def _arms_figure(
+    arms: Mapping[str, Sequence[Sequence[tuple[float, float]]]],
+    summary: Callable[[np.ndarray], str],
+) -> tuple[Figure, Axes]:
+    """Lines of arms and of their runs; `summary` says something of `[runs, points]`."""
     figure = Figure(figsize=(9.5, 5), layout="constrained")
     axes = figure.subplots()
     others = itertools.cycle(_OTHERS)
     for name, runs in arms.items():
         arm = ARMS[name] if name in ARMS else Arm(name, next(others))
         how: Any = {"color": arm.color, "linestyle": arm.dashes}
-        epochs = [epoch for epoch, _ in runs[0]]
+        places = [place for place, _ in runs[0]]
         values = np.array([[value for _, value in run] for run in runs])
-        last = percent(values[:, -1].mean(), 1)
-        label = f"{arm.label}: {last} ({len(runs)} run{'s' if len(runs) > 1 else ''})"
-        axes.plot(epochs, values.mean(axis=0), **how, label=label, linewidth=2.4)
+        label = f"{arm.label}: {summary(values)} ({len(runs)} run{'s' if len(runs) > 1 else ''})"
+        axes.plot(places, values.mean(axis=0), **how, label=label, linewidth=2.4)
         if len(runs) > 1:
-            axes.plot(epochs, values.T, **how, linewidth=0.7, alpha=0.6)
-    axes.set(xlabel="epoch", ylabel="held-out top-1 (share of images)")
+            axes.plot(places, values.T, **how, linewidth=0.7, alpha=0.6)
     axes.grid(visible=True, alpha=0.3)
-    # Best first, as the lines end.
-    handles, labels = axes.get_legend_handles_labels()
-    ends = [-np.mean([run[-1][1] for run in runs]) for runs in arms.values()]
-    order = np.argsort(ends, kind="stable")
-    axes.legend([handles[k] for k in order], [labels[k] for k in order], loc="lower right")
     if any(len(runs) > 1 for runs in arms.values()):
         axes.set_title("Thick: mean of the runs; thin: each run")
-    return figure
+    return figure, axes
