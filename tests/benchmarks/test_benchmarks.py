@@ -196,3 +196,13 @@ def test_tables_are_made_from_files(tmp_path, monkeypatch):
     assert "| patches | us_image | note |" in filled and "| 16 | 12346 |  |" in filled
     assert "cores were shared" in filled and "old" not in filled and "Not run yet" in filled
     assert benchmark_tables.fill(filled) == filled
+
+
+@pytest.mark.slow
+def test_start(run):
+    rows = run("start", "--repeats", "1")
+    assert [row["what"] for row in rows] == ["--help", "analyze, cold", "analyze, kept"]
+    positive(rows, "first_s", "cpu_first_s", "all_s", "cpu_all_s")
+    for row in rows[1:]:
+        assert row["first_s"] < row["all_s"] and row["cpu_first_s"] < row["cpu_all_s"]
+    assert rows[2]["cpu_all_s"] < rows[1]["cpu_all_s"]

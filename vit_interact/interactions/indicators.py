@@ -8,7 +8,8 @@ Rows do not depend on one another: `M` is `N` for all queries of a layer, or few
 them. So the functions that take whole layers also are the ones that blockwise attention calls.
 
 Heads are visited one after the other: what exists at a time is `[..., M, N]`, never
-`[..., H, M, N]` beyond the weights that came in, and never `[..., M, N, K]`.
+`[..., H, M, N]` beyond the weights that came in, and never `[..., M, N, K]`. Those that visit heads
+are jitted: the layers of a model share one trace of them.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ def dispersion(weights: Weights) -> Float[Array, "*batch M N"]:
     return _safe_sqrt(_mean_over_heads(jnp.square(weights - mean)))
 
 
+@jax.jit
 def value_norm(weights: Weights, values: Heads, out_kernel: Kernel) -> Float[Array, "*batch M N"]:
     """Length of what `j` adds to the attention update of `i`, exact across heads.
 
@@ -106,6 +108,7 @@ def value_norm(weights: Weights, values: Heads, out_kernel: Kernel) -> Float[Arr
     return _safe_sqrt(squared)
 
 
+@jax.jit
 def gradient(weights: Weights, values: Heads, output_grad: Gradients) -> Float[Array, "*batch M N"]:
     """Mean over heads of the positive part of attention times its gradient (Chefer et al. 2021).
 
@@ -131,6 +134,7 @@ def gradient(weights: Weights, values: Heads, output_grad: Gradients) -> Float[A
     return _sum_over_heads(add_head, weights) / weights.shape[-3]
 
 
+@jax.jit
 def leave_one_out(
     weights: Weights, values: Heads, out_kernel: Kernel
 ) -> Float[Array, "*batch M N"]:
@@ -169,6 +173,7 @@ def leave_one_out(
     return _safe_sqrt(_sum_over_heads(add_head, weights))
 
 
+@functools.partial(jax.jit, static_argnames="signed")
 def edge(
     weights: Weights, values: Heads, output_grad: Gradients, signed: bool = False
 ) -> Float[Array, "*batch M N"]:

@@ -95,9 +95,19 @@ def smallest_windows(
     several = isinstance(coverage, Sequence)
     coverages = _checked_coverages(coverage if isinstance(coverage, Sequence) else (coverage,))
     layout.check_patches(np.shape(patch_indicator), "patch_indicator")
-    batch, patches = np.shape(patch_indicator)[:-2], layout.num_patches
-    maps = jnp.asarray(patch_indicator).reshape(-1, layout.rows, layout.cols, patches)
+    return _of_all_patches(patch_indicator, layout, coverages, several)
 
+
+@partial(jax.jit, static_argnames=("layout", "coverages", "several"))
+def _of_all_patches(
+    patch_indicator: Float[Array, "*batch P P"],
+    layout: TokenLayout,
+    coverages: tuple[float, ...],
+    several: bool,
+) -> Int32[Array, "*windows P 4"]:
+    """`smallest_windows` as one program, also when called outside jit."""
+    batch, patches = patch_indicator.shape[:-2], layout.num_patches
+    maps = jnp.asarray(patch_indicator).reshape(-1, layout.rows, layout.cols, patches)
     windows = _search(maps, np.arange(layout.cols, dtype=np.int32), layout, coverages, 1)
     windows = windows.transpose(2, 0, 3, 1, 4)  # [Q, maps, R, C, 4]
     windows = windows.reshape(len(coverages), *batch, patches, 4)
@@ -147,6 +157,7 @@ def window_mask(
     return jnp.pad(inside, [(0, 0)] * (inside.ndim - 2) + prefix, constant_values=True)
 
 
+@partial(jax.jit, static_argnames="layout")
 def window_area(
     windows: Int[Array, "*batch P 4"] | Int[np.ndarray, "*batch P 4"], layout: TokenLayout
 ) -> Float[Array, "*batch P"]:
@@ -224,18 +235,14 @@ def _search(
     coverages: tuple[float, ...],
     axis: int,
 ) -> Int32[Array, "maps W Q R 4"]:
-    """All windows, in chunks that suit the device; compiled once also when called outside jit.
+    """All windows, in chunks that suit the device; layers of a model share one trace.
 
     `axis` is that of the columns in a map, 0 or 1; the rows of the grid have the other.
     """
-    search = partial(_windows_of_maps, layout=layout, coverages=coverages, axis=axis)
-    # A CPU wants chunks that stay in its cache, an accelerator enough lanes to fill it.
-    return lax.platform_dependent(
-        maps,
-        jnp.asarray(cols),
-        cpu=partial(search, chunk_bytes=4 * 2**20),
-        default=partial(search, chunk_bytes=2**28),
-    )
+    # A CPU wants chunks that stay in its cache, an accelerator enough lanes to fill it. Not
+    # `lax.platform_dependent`, which traces the search for both.
+    chunk_bytes = 4 * 2**20 if jax.default_backend() == "cpu" else 2**28
+    return _windows_of_maps(maps, jnp.asarray(cols), layout, coverages, axis, chunk_bytes)
 
 
 def _windows_of_maps(

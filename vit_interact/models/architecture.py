@@ -235,10 +235,22 @@ def expected_shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
     """Flat paths of the unstacked parameters of a model to their shapes."""
     from vit_interact.models.vit import ViT
 
-    config = dataclasses.replace(config, scan=False, remat=False)
+    # Blocks without windows are alike, so one is traced for all.
+    alike = config.windows is None
+    depth = 1 if alike else config.depth
+    traced = dataclasses.replace(config, scan=False, remat=False, depth=depth)
     image = jax.ShapeDtypeStruct((1, *config.image_size, 3), "float32")
-    shapes = jax.eval_shape(ViT(config).init, jax.random.key(0), image)["params"]
-    return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items()}
+    # The shape of a key: `jax.random.key` would compile a program.
+    key = jax.ShapeDtypeStruct((2,), "uint32")
+    flat = traverse_util.flatten_dict(
+        jax.eval_shape(ViT(traced).init, key, image)["params"], sep="/"
+    )
+    shapes = {path: leaf.shape for path, leaf in flat.items()}
+    block = "Transformer/encoderblock_0/"
+    for path in [path for path in shapes if alike and path.startswith(block)]:
+        for layer in range(1, config.depth):
+            shapes[path.replace("_0/", f"_{layer}/", 1)] = shapes[path]
+    return shapes
 
 
 def check_fit(arrays: Arrays, extra: list[str], config: ViTConfig, label: str) -> None:

@@ -15,6 +15,7 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
@@ -251,9 +252,8 @@ def _note_other_crop(facts: Facts, config: ViTConfig, notes: list[str]) -> None:
 
 
 def _as_params(flat: Arrays, config: ViTConfig) -> dict[str, Any]:
-    nested = traverse_util.unflatten_dict(
-        {path: jnp.asarray(array) for path, array in flat.items()}, sep="/"
-    )
+    # All at once: `jnp.asarray` would compile a program for each shape.
+    nested = traverse_util.unflatten_dict(jax.device_put(flat), sep="/")
     return stack_layers(nested) if config.scan else nested
 
 
@@ -266,8 +266,6 @@ def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
       The same with a single stacked `Transformer/encoderblock`; the rest is shared, not copied.
     """
-    import jax
-
     encoder = dict(params["Transformer"])
     blocks = [encoder.pop(f"encoderblock_{i}") for i in range(_count_blocks(encoder))]
     encoder["encoderblock"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
@@ -283,8 +281,6 @@ def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
       The same with `Transformer/encoderblock_0`, `encoderblock_1`, ...
     """
-    import jax
-
     encoder = dict(params["Transformer"])
     stacked = encoder.pop("encoderblock")
     depth = jax.tree.leaves(stacked)[0].shape[0]

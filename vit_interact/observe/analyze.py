@@ -66,8 +66,8 @@ def analyze(
 ) -> xr.Dataset:
     """Interactions, adaptive windows, received impact, removal order and responsive fields.
 
-    Everything is computed by one compiled program; one call with the same shapes and options
-    compiles once.
+    Windows are searched for by a compiled program of their own, which the report uses again, and
+    everything else is another one; calls with the same shapes and options compile once.
 
     Args:
       model: as for `vi.measure`.
@@ -101,13 +101,15 @@ def analyze(
         raise ValueError("indicator is empty: expected one or more of interactions.INDICATORS")
     for name in names:
         indicators.check_name(name)
-    images = jnp.asarray(images)
     chosen = choose_layers(model, params, images, layers)
     function, classes = make_score(score, images.shape[0])
-    found = _analyze(
-        model, params, images, classes, names, float(coverage), chosen, function, layout
-    )
-    found = jax.tree.map(np.asarray, found)
+    found = _analyze(model, params, images, classes, names, chosen, function, layout)
+    boxes = windows.smallest_windows(found["rows"], layout, float(coverage))
+    of_rows = {"window": boxes, "area": windows.window_area(boxes, layout)}
+    found, of_rows = jax.tree.map(np.asarray, (found, of_rows))
+    for name, flat in {"interaction": found["rows"], **of_rows}.items():
+        whole = flat.reshape(len(chosen) + 1, len(images), *flat.shape[1:])
+        found["layers"][name], found["combined"][name] = whole[:-1], whole[-1]
 
     variables: dict[str, Any] = {}
     for name, dims in _DIMS.items():
@@ -157,16 +159,13 @@ def _combined_unit(name: str) -> str:
     return "share of the row" if name == "interaction" else "mean of layers"
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "names", "coverage", "layers", "score", "layout")
-)
+@functools.partial(jax.jit, static_argnames=("model", "names", "layers", "score", "layout"))
 def _analyze(
     model: Any,
     params: Any,
     images: Array,
     classes: Array | None,
     names: tuple[str, ...],
-    coverage: float,
     layers: tuple[int, ...],
     score: Callable[[Array], Array] | None,
     layout: TokenLayout,
@@ -176,7 +175,7 @@ def _analyze(
     combined = _across_layers(maps, names[0], layout)
     probability = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     top, prediction = jax.lax.top_k(probability, min(5, logits.shape[-1]))
-    each_layer, whole = _describe(maps[names[0]], combined, layout, coverage)
+    rows, each_layer, whole = _describe(maps[names[0]], combined, layout)
     impact = whole["received_impact"]
     predicted = {}
     if isinstance(model, ViT) and window_layers(model):
@@ -191,6 +190,7 @@ def _analyze(
     return {
         **predicted,
         **others,
+        "rows": rows.reshape(-1, *rows.shape[-2:]),  # of all layers and images, then combined
         "layers": each_layer,
         "combined": whole,
         "removal_order": removal.removal_order(impact.reshape(*impact.shape[:-2], -1)),
@@ -222,20 +222,15 @@ def _describe(
     layers: Float[Array, "L B N N"],
     combined: Float[Array, "B N N"],
     layout: TokenLayout,
-    coverage: float,
-) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Every variable of `_DIMS` for the layers and for what combines them."""
+) -> tuple[Float[Array, "M B P P"], dict[str, Array], dict[str, Array]]:
+    """Rows of the layers and of what combines them, then what `_DIMS` has beside and of windows."""
     each = _interactions(layers, layout, normalised=False)
     whole = _interactions(combined, layout, normalised=True)
-    # One search serves both: a second one would be traced and compiled once more.
-    rows = jnp.concatenate([each["interaction"], whole["interaction"][None]])
-    box = windows.smallest_windows(rows, layout, coverage)
-    found = {
-        "window": box,
-        "area": windows.window_area(box, layout),
-        **fields.responsive_field(rows, layout)._asdict(),
-    }
+    # As one array: fields and windows are traced and compiled once.
+    rows = jnp.concatenate([each.pop("interaction"), whole.pop("interaction")[None]])
+    found = fields.responsive_field(rows, layout)._asdict()
     return (
+        rows,
         {**each, **{name: value[:-1] for name, value in found.items()}},
         {**whole, **{name: value[-1] for name, value in found.items()}},
     )

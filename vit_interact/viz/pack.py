@@ -213,7 +213,8 @@ class Pack:
         from vit_interact.interactions.windows import smallest_windows
         from vit_interact.layout import TokenLayout
 
-        layout = TokenLayout(self.scenes[0].rows, self.scenes[0].cols, 0)
+        prefix = int(self.data.attrs.get("prefix", 0))
+        layout = TokenLayout(self.scenes[0].rows, self.scenes[0].cols, prefix)
         coverage = self.scenes[0].coverage
         coverage = coverage if np.isfinite(coverage) else 0.9
         places: list[tuple[int, str, str | int]] = [
@@ -224,21 +225,18 @@ class Pack:
         ]
         most = _COMPARED_LARGE if layout.num_patches > _LARGE else _COMPARED
         step = max(1, len(places) // most)
-        differ = compared = 0
-        error = 0.0
-        for place in places[::step][:most]:
-            rows = np.nan_to_num(self.map(*place))
-            quantised = dequantise(*quantise(rows, self.bits))
-            boxes = [
-                np.asarray(smallest_windows(one, layout, coverage)) for one in (rows, quantised)
-            ]
-            largest = rows.max(-1)
-            real = largest > 0
-            differ += int((boxes[0] != boxes[1]).any(-1)[real].sum())
-            compared += int(real.sum())
-            off = np.abs(rows - quantised).max(-1)[real] / largest[real]
-            error = max(error, float(off.max(initial=0.0)))
-        return Agreement(differ / max(1, compared), compared, coverage, error)
+        # All maps at once: of one image they are as many as `analyze` has had compiled.
+        rows = np.stack([np.nan_to_num(self.map(*place)) for place in places[::step][:most]])
+        quantised = dequantise(*quantise(rows, self.bits))
+        exact, rounded = (
+            np.asarray(smallest_windows(maps, layout, coverage)) for maps in (rows, quantised)
+        )
+        largest = rows.max(-1)
+        real = largest > 0
+        differ = int((exact != rounded).any(-1)[real].sum())
+        compared = int(real.sum())
+        off = np.abs(rows - quantised).max(-1)[real] / largest[real]
+        return Agreement(differ / max(1, compared), compared, coverage, float(off.max(initial=0.0)))
 
     def _array(
         self, scene: Scene, variable: str, name: str, layer: int | None = None
