@@ -136,6 +136,24 @@ class QueryBlocks:
         return (np.arange(layout.prefix, dtype=np.int32)[None], columns)[layout.prefix == 0 :]
 
 
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Asks for the Pallas kernels of `models/tiled.py`; static under `jit`, as `QueryBlocks` is.
+
+    Attributes:
+      queries: queries in a tile, a power of two; None with `keys=None` for the device's own.
+      keys: keys in a tile, a power of two; a multiple of 128 on a TPU.
+    """
+
+    queries: int | None = None
+    keys: int | None = None
+
+    def __post_init__(self) -> None:
+        sides = [side for side in (self.queries, self.keys) if side is not None]
+        if len(sides) == 1 or any(side < 16 or side & (side - 1) for side in sides):
+            raise ValueError(f"a tile has two sides, powers of two from 16, got {self}")
+
+
 def suitable_blocks(batch: int, heads: int, queries: int, keys: int) -> QueryBlocks | None:
     """Blocks whose weights take about `WEIGHT_BYTES`; None where two blocks would do."""
     cpu = jax.default_backend() == "cpu"
