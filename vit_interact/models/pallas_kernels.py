@@ -35,11 +35,11 @@ TOP, SCALE, WHICH, REST = range(4)
 the key that holds more than half, or -1; attention of all other keys."""
 
 OWN, DOMINANT = range(2)
-"""Columns of a map's own statistics: what a row adds to every edge; its value at the key `WHICH`."""
+"""Columns of a map's statistics: what a row adds to every edge; its value at the key `WHICH`."""
 
 _MASKED = -1e30  # Finite: inf - inf would be NaN.
 
-_TILES = {"cpu": Tiles(128, 128), "tpu": Tiles(128, 128), "gpu": Tiles(64, 64)}
+_WARPS = 8  # With fewer, or larger tiles, a GPU's registers spill (docs/kernels.md).
 
 OfHead = Callable[[Any], Any]
 
@@ -57,23 +57,23 @@ class Statistics(NamedTuple):
 
 
 class QuerySide(NamedTuple):
-    """What a map needs of its queries; what it does not need is None.
+    """What a map needs of its queries: arrays, or references to them in a kernel.
 
     Attributes:
       query: `[B, H, M, K]`, scaled.
       rows: `Statistics.rows`.
-      left: `[B, H, M, K]`, multiplied with every value: `o M` of `leave_one_out`, else the gradient.
+      left: `[B, H, M, K]`, multiplied with every value: `o M` of `leave_one_out`, or the gradient.
       ends: `[B, H, M, 2]`, columns `OWN` and `DOMINANT`.
     """
 
-    query: Array
-    rows: Array
-    left: Array | None = None
-    ends: Array | None = None
+    query: Any
+    rows: Any
+    left: Any = None
+    ends: Any = None
 
 
 class KeySide(NamedTuple):
-    """What a map needs of its keys; what it does not need is None.
+    """What a map needs of its keys: arrays, or references to them in a kernel.
 
     Attributes:
       key: `[B, H, N, K]`.
@@ -81,9 +81,9 @@ class KeySide(NamedTuple):
       own: `[B, H, 1, N]`, what a key adds to every edge.
     """
 
-    key: Array
-    value: Array | None = None
-    own: Array | None = None
+    key: Any
+    value: Any = None
+    own: Any = None
 
 
 def row_statistics(
@@ -103,11 +103,22 @@ def indicator_map(
     return _by_platform(functools.partial(_indicator_map, name), tiles, queries, keys)
 
 
+def suitable_tiles(platform: str, heads: int) -> Tiles:
+    """Tiles that fit registers and on-chip memory (docs/kernels.md)."""
+    if platform == "gpu":
+        return Tiles(32, 64)
+    # A tile of a map has all heads of its queries and keys at hand.
+    return Tiles(128 if heads <= 16 else 64, 128)
+
+
 def _by_platform(function: Callable[..., Any], tiles: Tiles, *arrays: Any) -> Any:
     """Chosen when a program is lowered, so that programs can be exported for other machines."""
 
+    heads = jax.tree.leaves(arrays)[0].shape[1]
+
     def on(platform: str) -> Callable[..., Any]:
-        return functools.partial(function, tiles if tiles.queries else _TILES[platform], platform)
+        chosen = tiles if tiles.queries else suitable_tiles(platform, heads)
+        return functools.partial(function, chosen, platform)
 
     return lax.platform_dependent(*arrays, cpu=on("cpu"), tpu=on("tpu"), default=on("gpu"))
 
@@ -124,7 +135,7 @@ def _call(kernel: Any, platform: str, name: str, **arguments: Any) -> Any:
     else:
         from jax.experimental.pallas import triton
 
-        params = triton.CompilerParams(num_warps=4, num_stages=2)
+        params = triton.CompilerParams(num_warps=_WARPS, num_stages=2)
     return pl.pallas_call(kernel, name=name, compiler_params=params, **arguments)
 
 
@@ -206,7 +217,9 @@ def _indicator_map(
     queries = QuerySide(*(_maybe(_pad, x, -2, tiles.queries) for x in queries))
     wide = (_maybe(_pad, x, -2, tiles.keys) for x in keys[:2])
     keys = KeySide(*wide, own=_maybe(_pad, keys.own, -1, tiles.keys))
-    queries = queries._replace(query=_pad_width(queries.query), left=_maybe(_pad_width, queries.left))
+    queries = queries._replace(
+        query=_pad_width(queries.query), left=_maybe(_pad_width, queries.left)
+    )
     keys = keys._replace(key=_pad_width(keys.key), value=_maybe(_pad_width, keys.value))
 
     def of_queries(array: Array) -> pl.BlockSpec:
@@ -221,6 +234,8 @@ def _indicator_map(
         )
 
     padded = queries.query.shape[-2], keys.key.shape[-2]
+    # Tiles that stand over the border are cut there by a TPU, but not by Triton.
+    shape = padded if platform == "gpu" else (rows, tokens)
     found = _call(
         functools.partial(_map_kernel, name, heads),
         platform,
@@ -228,9 +243,9 @@ def _indicator_map(
         grid=(batch, padded[0] // tiles.queries, padded[1] // tiles.keys),
         in_specs=[jax.tree.map(of_queries, queries), jax.tree.map(of_keys, keys)],
         out_specs=pl.BlockSpec((None, tiles.queries, tiles.keys), lambda b, i, j: (b, i, j)),
-        out_shape=jax.ShapeDtypeStruct((batch, *padded), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((batch, *shape), jnp.float32),
     )(queries, keys)
-    # What stands in the padding is not even finite; it is cut away here.
+    # What stands in the padding need not even be finite.
     return found[:, :rows, :tokens]
 
 

@@ -240,7 +240,9 @@ def _float(array: Any) -> Array:
 
 
 def _heads_first(array: Float[Array, "*B N H K"]) -> Float[Array, "G H N K"]:
-    return jnp.swapaxes(array, -3, -2).reshape(-1, array.shape[-2], array.shape[-3], array.shape[-1])
+    return jnp.swapaxes(array, -3, -2).reshape(
+        -1, array.shape[-2], array.shape[-3], array.shape[-1]
+    )
 
 
 def _tokens_first(array: Float[Array, "G H M K"], like: Array) -> Float[Array, "*B M H K"]:
