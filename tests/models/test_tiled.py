@@ -132,11 +132,14 @@ def test_no_array_is_as_large_as_the_weights():
         (5330, 6, "float32", ("leave_one_out",)),  # ViT-S/14 at 1,022 pixels
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*Triton.*:DeprecationWarning")
 @pytest.mark.parametrize(
     ("platform", "call"), [("tpu", "tpu_custom_call"), ("cuda", "xla.gpu.triton")]
 )
 def test_kernels_lower_for_accelerators(platform, call, tokens, heads, dtype, names):
     """Runs the compilers' first half, which needs no device, at the sizes of real models."""
+    if platform == "cuda":
+        pytest.importorskip("jax.experimental.pallas.triton", reason="this jax has no Triton")
     shape = jax.ShapeDtypeStruct((2, tokens, heads, 64), dtype)
     kernel = jax.ShapeDtypeStruct((heads, 64, heads * 64), "float32")
     traced = jax.jit(functools.partial(in_tiles, names, Tiles())).trace(

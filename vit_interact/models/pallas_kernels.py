@@ -113,7 +113,6 @@ def suitable_tiles(platform: str, heads: int) -> Tiles:
 
 def _by_platform(function: Callable[..., Any], tiles: Tiles, *arrays: Any) -> Any:
     """Chosen when a program is lowered, so that programs can be exported for other machines."""
-
     heads = jax.tree.leaves(arrays)[0].shape[1]
 
     def on(platform: str) -> Callable[..., Any]:
@@ -127,16 +126,21 @@ def _call(kernel: Any, platform: str, name: str, **arguments: Any) -> Any:
     """`pl.pallas_call` with the options of a platform; on a CPU, the interpreter."""
     if platform == "cpu":
         return pl.pallas_call(kernel, name=name, interpret=True, **arguments)
-    params: Any
+    return pl.pallas_call(kernel, name=name, compiler_params=_params(platform), **arguments)
+
+
+def _params(platform: str) -> Any:
     if platform == "tpu":
         from jax.experimental.pallas import tpu
 
-        params = tpu.CompilerParams(dimension_semantics=("parallel",) * 3)
-    else:
+        return tpu.CompilerParams(dimension_semantics=("parallel",) * 3)
+    try:
         from jax.experimental.pallas import triton
-
-        params = triton.CompilerParams(num_warps=_WARPS, num_stages=2)
-    return pl.pallas_call(kernel, name=name, compiler_params=params, **arguments)
+    except ImportError:
+        # A later jax gives Triton up. Programs are traced for all platforms, so that must not stop
+        # a TPU; on a GPU, jax then says what it cannot lower.
+        return None
+    return triton.CompilerParams(num_warps=_WARPS, num_stages=2)
 
 
 def _row_statistics(
