@@ -73,6 +73,7 @@ def test_small_changes_of_rows_on_one_key_are_exact():
     np.testing.assert_allclose(maps["edge"][0], expected, rtol=2e-3)  # v's offset costs digits
 
 
+@pytest.mark.slow
 def test_derivatives_are_those_of_all_at_once():
     names, arguments = ("edge",), layer(tokens=9, batch=(1,), largest=2.0)
 
