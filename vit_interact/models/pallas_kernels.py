@@ -151,7 +151,7 @@ def _row_statistics(
     query = _pad(query, -2, tiles.queries)
     key, value = _pad(key, -2, tiles.keys), _pad(value, -2, tiles.keys)
     query, key, value = (_pad_width(x) for x in (query, key, value))
-    lead, padded, wide = tuple(batch), query.shape[-2], query.shape[-1]
+    lead, (padded, wide) = tuple(batch), query.shape[-2:]
 
     def rows(columns: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, tiles.queries, columns), lambda b, h, i: (b, h, i, 0))
