@@ -102,3 +102,32 @@ def test_memory_at_1024_patches(name, maps):
     if name == "leave_one_out":
         # The search for windows of a grid of 32x32 takes most of it.
         assert temporary(block=32, reduce="fields") < maps * one_map
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"scan": True, "remat": True, "depth": 2}, marks=pytest.mark.slow)],
+)
+def test_pallas_kernels_measure_the_same(options):
+    model, params, images = tiny(layer_scale=0.5, depth=options.get("depth", 1))
+    names = NAMES if options else ("leave_one_out", "edge")
+    expected = vi.measure(model, params, images, names)
+    if options:
+        model = ViT(dataclasses.replace(model.config, **options))
+        params = stacked(params)
+    found = vi.measure(model, params, images, names, kernel="pallas")
+    for name in names:
+        assert found[name].shape == expected[name].shape
+        close(found[name], expected[name])
+
+
+def test_where_pallas_kernels_do_not_serve():
+    model, params, images = tiny(layer_scale=0.5, depth=1)
+    for options, message in [
+        ({"kernel": "triton"}, "expected None or 'pallas'"),
+        ({"kernel": "pallas", "block": 4}, "neither mask nor block"),
+        ({"kernel": "pallas", "reduce": "fields"}, "no kernel"),
+        ({"kernel": "pallas", "indicators": ("value_norm",)}, "no Pallas kernel"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            vi.measure(model, params, images, **options)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,15 @@ class Attended(NamedTuple):
     out_kernel: Array | None
     queries: Int[Array, " M"] | Int[np.ndarray, " M"] | None = None
     prefix: bool = False
+
+
+@runtime_checkable
+class Weightless(Protocol):
+    """What gives indicators of a layer, but no weights: `tiled.Tiled`."""
+
+    def indicator(self, name: str, g: Array | None = None) -> Array:
+        """The map `[B, M, N]` of an indicator; `g` is the gradient of the output."""
+        ...
 
 
 class Summed(NamedTuple):
@@ -134,6 +143,24 @@ class QueryBlocks:
         numbers = layout.prefix + np.arange(layout.num_patches, dtype=np.int32)
         columns = numbers.reshape(layout.rows, layout.cols).T.reshape(-1, together * layout.rows)
         return (np.arange(layout.prefix, dtype=np.int32)[None], columns)[layout.prefix == 0 :]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Asks for the Pallas kernels of `models/tiled.py`; static under `jit`, as `QueryBlocks` is.
+
+    Attributes:
+      queries: queries in a tile, a power of two; 0 with `keys=0` for what suits the device.
+      keys: keys in a tile, a power of two; a multiple of 128 on a TPU.
+    """
+
+    queries: int = 0
+    keys: int = 0
+
+    def __post_init__(self) -> None:
+        sides = (self.queries, self.keys)
+        if any(sides) and any(side < 16 or side & (side - 1) for side in sides):
+            raise ValueError(f"a tile has two sides, powers of two from 16, got {self}")
 
 
 def suitable_blocks(batch: int, heads: int, queries: int, keys: int) -> QueryBlocks | None:
@@ -291,6 +318,25 @@ def _in_order(rows: Array, order: np.ndarray, axis: int) -> Array:
 
 def _heads_first(array: Float[Array, "*B N H K"]) -> Float[Array, "*B H N K"]:
     return jnp.swapaxes(array, -3, -2)
+
+
+def attend_by(
+    inputs: tuple[Any, ...],
+    blocks: QueryBlocks | Tiles | None,
+    reduce: Callable[..., dict[str, Any]] | None = None,
+    output_grad: Float[Array, "*B N H K"] | None = None,
+) -> tuple[Float[Array, "*B N H K"], dict[str, Array]]:
+    """`attend_in_blocks`, or `tiled.attend_in_tiles`, or for None the same all at once."""
+    if isinstance(blocks, Tiles):
+        # Only here: Pallas takes a while to load, and few ask for it.
+        from vit_interact.models.tiled import attend_in_tiles
+
+        return attend_in_tiles(inputs, blocks, reduce, output_grad)
+    if blocks is not None:
+        return attend_in_blocks(inputs, blocks, reduce, output_grad)
+    attended = explicit_attention(*inputs)
+    arguments = (attended,) if output_grad is None else (attended, output_grad)
+    return attended.output, reduce(*arguments) if reduce else {}
 
 
 def fused_attention(

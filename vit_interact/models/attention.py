@@ -31,7 +31,8 @@ from vit_interact.models.attend import (
     Attended,
     QueryBlocks,
     SeparableBias,
-    attend_in_blocks,
+    Tiles,
+    attend_by,
     explicit_attention,
     fused_attention,
     plain_attention,
@@ -54,14 +55,15 @@ class Taps:
       reduce_grad: maps `(Attended, g [B, N, H, K])` to a dict of arrays with the keys and shapes
         of the layer's sinks.
       blocks: None gives reductions all queries at once; else they get one block after the other,
-        and return arrays `[B, M, ...]` or `Summed` ones. Raw tensors cannot be sown then.
+        and return arrays `[B, M, ...]` or `Summed` ones. `Tiles` gives them a `tiled.Tiled`, which
+        has no weights. Raw tensors cannot be sown then.
     """
 
     kinds: tuple[str, ...] = ()
     layers: tuple[int, ...] | None = None
-    reduce: Callable[[Attended], dict[str, Any]] | None = None
-    reduce_grad: Callable[[Attended, Array], dict[str, Any]] | None = None
-    blocks: QueryBlocks | None = None
+    reduce: Callable[[Any], dict[str, Any]] | None = None
+    reduce_grad: Callable[[Any, Array], dict[str, Any]] | None = None
+    blocks: QueryBlocks | Tiles | None = None
 
     def __post_init__(self) -> None:
         if self.kinds and self.blocks:
@@ -73,8 +75,8 @@ class Taps:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def gradient_tap(
-    reduce_grad: Callable[[Attended, Array], dict[str, Any]],
-    blocks: QueryBlocks | None,
+    reduce_grad: Callable[[Any, Array], dict[str, Any]],
+    blocks: QueryBlocks | Tiles | None,
     output: Array,
     sinks: dict[str, Array],
     inputs: tuple[Any, ...],
@@ -96,11 +98,9 @@ def _gradient_tap_fwd(
 
 
 def _gradient_tap_bwd(
-    reduce_grad: Any, blocks: QueryBlocks | None, inputs: tuple[Any, ...], g: Array
+    reduce_grad: Any, blocks: QueryBlocks | Tiles | None, inputs: tuple[Any, ...], g: Array
 ) -> tuple[Any, ...]:
-    if blocks is not None:
-        return g, attend_in_blocks(inputs, blocks, reduce_grad, g)[1], None
-    return g, reduce_grad(explicit_attention(*inputs), g), None
+    return g, attend_by(inputs, blocks, reduce_grad, g)[1], None
 
 
 gradient_tap.defvjp(_gradient_tap_fwd, _gradient_tap_bwd)
@@ -109,7 +109,7 @@ gradient_tap.defvjp(_gradient_tap_fwd, _gradient_tap_bwd)
 def _attend_and_sow(module: nn.Module, taps: Taps, inputs: tuple[Any, ...]) -> Array:
     """Each head's output; what `taps` asks for is sown on the way."""
     if taps.blocks is not None:
-        output, sown = attend_in_blocks(inputs, taps.blocks, taps.reduce)
+        output, sown = attend_by(inputs, taps.blocks, taps.reduce)
     else:
         attended = explicit_attention(*inputs)
         output = attended.output

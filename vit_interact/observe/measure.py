@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from vit_interact.interactions.indicators import INDICATORS, NEEDS, Captures, check_name, roll
 from vit_interact.interactions.streaming import Fields
-from vit_interact.models.attend import Attended, QueryBlocks, suitable_blocks
+from vit_interact.models.attend import Attended, QueryBlocks, Tiles, Weightless, suitable_blocks
 from vit_interact.models.attention import Taps, output_gradient
 from vit_interact.models.vit import Images, Keep, LayerMask, ViT
 from vit_interact.observe.fields import FieldsOf
@@ -42,6 +42,7 @@ def measure(
     block: int | None = ...,
     reduce: None = ...,
     coverage: float | Sequence[float] = ...,
+    kernel: str | None = ...,
 ) -> dict[str, Array]: ...
 
 
@@ -59,6 +60,7 @@ def measure(
     *,
     reduce: Literal["fields"],
     coverage: float | Sequence[float] = ...,
+    kernel: str | None = ...,
 ) -> dict[str, Fields]: ...
 
 
@@ -74,6 +76,7 @@ def measure(
     block: int | None = None,
     reduce: str | None = None,
     coverage: float | Sequence[float] = 0.9,
+    kernel: str | None = None,
 ) -> dict[str, Float[Array, "L B N N"]] | dict[str, Fields]:
     """Measures the impact of every token on every other one, in one compiled call.
 
@@ -99,6 +102,9 @@ def measure(
         fields, and no map `[B, N, N]` exists either; only those of `rollout`, which mixes layers.
         For our `ViT` with all its patches.
       coverage: of windows, a share of a row or several; only with `reduce="fields"`.
+      kernel: `"pallas"` for the Pallas kernels for GPUs and TPUs (docs/kernels.md): our `ViT`, maps
+        but for `value_norm`, no `mask` and no predicted windows. Never run on such a device yet;
+        on a CPU they are interpreted, which is slow.
 
     Returns:
       Name to `[L, B, N, N]`, entry `i, j` being the impact of token `j` on token `i`; or, with
@@ -110,12 +116,14 @@ def measure(
     """
     if reduce is None:
         return measure_with_logits(
-            model, params, images, indicators, score, layers, keep, mask, block
+            model, params, images, indicators, score, layers, keep, mask, block, kernel
         )[1]
     if reduce != "fields":
         raise ValueError(f"reduce={reduce!r}: expected None or 'fields'")
     if not isinstance(model, ViT) or keep is not None:
         raise ValueError("reduce='fields' needs vit_interact's ViT and all patches: keep=None")
+    if kernel is not None:
+        raise ValueError("reduce='fields' has no kernel: kernel=None")
     names, chosen, function, classes = _checked(model, params, images, indicators, score, layers)
     several = isinstance(coverage, Sequence)
     coverages = tuple(coverage) if isinstance(coverage, Sequence) else (coverage,)
@@ -139,13 +147,18 @@ def measure_with_logits(
     keep: Keep = None,
     mask: LayerMask = None,
     block: int | None = None,
+    kernel: str | None = None,
 ) -> tuple[Float[Array, "B classes"], dict[str, Float[Array, "L B N N"]]]:
     """`measure`, and the logits of the same pass."""
     names, chosen, function, classes = _checked(model, params, images, indicators, score, layers)
     if not isinstance(model, ViT) and (keep is not None or mask is not None):
         raise ValueError("keep and mask need vit_interact's ViT")
     keep = None if keep is None else jnp.asarray(keep)
-    blocks = _blocks(model, images, keep, block)
+    blocks: QueryBlocks | Tiles | None = (
+        _blocks(model, images, keep, block)
+        if kernel is None
+        else _tiles(model, mask, block, kernel)
+    )
     logits, maps = _measure(
         model, params, images, classes, names, chosen, function, keep, mask, blocks
     )
@@ -175,6 +188,17 @@ def _blocks(model: Any, images: Any, keep: Any, block: int | None) -> QueryBlock
     return None if block >= tokens else QueryBlocks(block)
 
 
+def _tiles(model: Any, mask: Any, block: int | None, kernel: str) -> Tiles:
+    """Asks for Pallas kernels, or says why they cannot serve."""
+    if kernel != "pallas":
+        raise ValueError(f"kernel={kernel!r}: expected None or 'pallas'")
+    if not isinstance(model, ViT) or model.config.windows is not None:
+        raise ValueError("kernel='pallas' needs vit_interact's ViT, without predicted windows")
+    if mask is not None or block is not None:
+        raise ValueError("kernel='pallas' takes neither mask nor block")
+    return Tiles()
+
+
 @functools.partial(
     jax.jit, static_argnames=("model", "names", "layers", "score", "blocks", "fields")
 )
@@ -188,7 +212,7 @@ def _measure(
     score: Callable[[Array], Array] | None,
     keep: Array | None,
     mask: LayerMask,
-    blocks: QueryBlocks | None,
+    blocks: QueryBlocks | Tiles | None,
     fields: FieldsOf | None = None,
 ) -> tuple[Array, dict[str, Any]]:
     backward = tuple(name for name in names if "output_grad" in NEEDS[name])
@@ -230,7 +254,7 @@ def _measure(
     return probed.logits, found
 
 
-def reduce_forward(names: tuple[str, ...], attended: Attended) -> dict[str, Array]:
+def reduce_forward(names: tuple[str, ...], attended: Attended | Weightless) -> dict[str, Array]:
     """Forward indicators of one layer; `rollout` contributes the layer's mean attention."""
     return {
         name: _evaluate("attention" if name == "rollout" else name, attended, None)
@@ -238,12 +262,16 @@ def reduce_forward(names: tuple[str, ...], attended: Attended) -> dict[str, Arra
     }
 
 
-def reduce_backward(names: tuple[str, ...], attended: Attended, g: Array) -> dict[str, Array]:
+def reduce_backward(
+    names: tuple[str, ...], attended: Attended | Weightless, g: Array
+) -> dict[str, Array]:
     """Indicators of one layer that need the gradient of its output."""
     return {name: _evaluate(name, attended, g) for name in names}
 
 
-def _evaluate(name: str, attended: Attended, g: Array | None) -> Array:
+def _evaluate(name: str, attended: Attended | Weightless, g: Array | None) -> Array:
+    if not isinstance(attended, Attended):
+        return attended.indicator(name, g)
     tensors = {
         "weights": attended.weights,
         "values": attended.values,
