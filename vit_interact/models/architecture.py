@@ -240,8 +240,8 @@ def expected_shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
     depth = 1 if alike else config.depth
     traced = dataclasses.replace(config, scan=False, remat=False, depth=depth)
     image = jax.ShapeDtypeStruct((1, *config.image_size, 3), "float32")
-    # The shape of a key: `jax.random.key` would compile a program.
-    key = jax.ShapeDtypeStruct((2,), "uint32")
+    # Its shape only: `jax.random.key` itself would compile a program.
+    key = jax.eval_shape(jax.random.key, 0)
     flat = traverse_util.flatten_dict(
         jax.eval_shape(ViT(traced).init, key, image)["params"], sep="/"
     )
