@@ -39,6 +39,7 @@ COMMANDS: dict[str, list[str]] = {
     "scaling_vit_b16": ["scaling", "--volume-of", "vit_b16", "--batch", "64"],
     "training": ["training"],
     "data_path": ["data_path"],
+    "viewer": ["viewer"],
     "start": ["start"],
 }
 _TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +126,18 @@ def test_memory_and_training(run):
     positive(rows, "temporary_mib", "ratio")
     rows = run("training", "--size", "32", "--batch-size", "8", "--repeats", "1")
     positive(rows, "images_s", "s_step", "mfu", "ratio")
+
+
+@pytest.mark.slow
+def test_viewer(run):
+    pytest.importorskip("playwright.sync_api")
+    if shutil.which("chromium") is None:
+        pytest.skip("there is no chromium here")
+    rows = run("viewer", "--images", "1", "--indicators", "attention", "--repeats", "3")
+    assert [(row["patches"], row["overlays"]) for row in rows] == [
+        (256, "usual"), (256, "all"), (1369, "usual"), (1369, "all"),
+    ]  # fmt: skip
+    positive(rows, "script_ms", "task_ms", "file_mb", "first_view_s")
 
 
 @pytest.mark.slow
