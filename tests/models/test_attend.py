@@ -12,6 +12,7 @@ from vit_interact.models.attend import (
     SeparableBias,
     Summed,
     attend_in_blocks,
+    attention_gradients,
     explicit_attention,
     fused_attention,
     suitable_blocks,
@@ -118,6 +119,24 @@ def test_sums_are_over_all_queries_once():
         close(attend_in_blocks(inputs, blocks, total)[1]["sum"], expected)
     with pytest.raises(ValueError, match="share queries"):
         attend_in_blocks(inputs, QueryBlocks(5), total)
+
+
+def test_gradients_are_those_of_the_softmax():
+    q, k, v, _, g = layer()
+    rng = np.random.default_rng(0)
+    mask = jnp.asarray(rng.random((2, 1, N, N)) < 0.7).at[0, 0, 3].set(False)
+    bias = jnp.asarray(rng.normal(size=(2, 1, N, N)).astype(np.float32))  # of all heads
+
+    @jax.jit
+    def both():
+        attended = explicit_attention(q, k, v, bias, mask)
+        attend = lambda *inputs: explicit_attention(*inputs, mask).output  # noqa: E731
+        expected = jax.vjp(attend, q, k, v, bias)[1](g)
+        return attention_gradients(attended, attended.output, g, bias), expected
+
+    for found, expected in zip(*both(), strict=True):
+        close(found, expected)
+    assert attention_gradients(explicit_attention(q, k, v), q, g)[3] is None
 
 
 def test_derivatives_through_blocks():

@@ -217,6 +217,41 @@ def explicit_attention(
     return Attended(query, key, value, logits, weights, output, out_kernel)
 
 
+def attention_gradients(
+    attended: Attended,
+    output: Float[Array, "*B M H K"],
+    grad: Float[Array, "*B M H K"],
+    bias: Float[Array, ...] | None = None,
+) -> tuple[Array, Array, Array, Array | None]:
+    """Derivatives of a score by query, key, value and bias.
+
+    As derived from the softmax, but `sum_j A_ij dA_ij` is `g_i · o_i` (Dao et al. 2022): a sum over
+    a head's channels and not over all keys.
+
+    Args:
+      attended: of all queries.
+      output: its output.
+      grad: derivative of the score by `output`.
+      bias: that the logits got, for its shape; None for none.
+    """
+    g, value = _heads_first(grad), _heads_first(attended.values)
+    weights = attended.weights
+    slope = jnp.einsum("...ik,...jk->...ij", g, value, preferred_element_type=weights.dtype)
+    own = jnp.sum((grad * output).astype(weights.dtype), axis=-1)
+    dlogits = weights * (slope - jnp.swapaxes(own, -1, -2)[..., None])
+    # Products in the type of the layer, as XLA would derive them.
+    narrow = dlogits.astype(value.dtype)
+    dquery = jnp.einsum("...ij,...jk->...ik", narrow, _heads_first(attended.key))
+    dkey = jnp.einsum("...ij,...ik->...jk", narrow, _heads_first(attended.query))
+    dvalue = jnp.einsum("...ij,...ik->...jk", weights.astype(g.dtype), g)
+    dbias = None
+    if bias is not None:
+        spread = jax.vjp(lambda bias: jnp.broadcast_to(bias, dlogits.shape), bias)[1]
+        (dbias,) = spread(dlogits.astype(bias.dtype))
+    dquery, dkey, dvalue = (jnp.swapaxes(one, -3, -2) for one in (dquery, dkey, dvalue))
+    return dquery, dkey, dvalue, dbias
+
+
 def attend_in_blocks(
     inputs: tuple[Any, ...],
     blocks: QueryBlocks,

@@ -33,6 +33,7 @@ from vit_interact.models.attend import (
     SeparableBias,
     Tiles,
     attend_by,
+    attention_gradients,
     explicit_attention,
     fused_attention,
     plain_attention,
@@ -85,6 +86,7 @@ def gradient_tap(
 
     The weights are recomputed from `inputs = (query, key, value, bias, mask, out_kernel)`, in
     `blocks` if given, so nothing but what the layer's own backward pass keeps is held for it.
+    Without blocks this is that backward pass, too: the same weights serve both.
     """
     del reduce_grad, blocks, sinks, inputs
     return output
@@ -94,13 +96,18 @@ def _gradient_tap_fwd(
     reduce_grad: Any, blocks: Any, output: Array, sinks: dict[str, Array], inputs: tuple[Any, ...]
 ) -> tuple[Array, tuple[Any, ...]]:
     del reduce_grad, blocks, sinks
-    return output, inputs
+    return output, (output, inputs)
 
 
 def _gradient_tap_bwd(
-    reduce_grad: Any, blocks: QueryBlocks | Tiles | None, inputs: tuple[Any, ...], g: Array
+    reduce_grad: Any, blocks: QueryBlocks | Tiles | None, kept: tuple[Any, ...], g: Array
 ) -> tuple[Any, ...]:
-    return g, attend_by(inputs, blocks, reduce_grad, g)[1], None
+    output, inputs = kept
+    if blocks is not None:
+        return g, attend_by(inputs, blocks, reduce_grad, g)[1], None
+    attended = explicit_attention(*inputs)
+    gradients = attention_gradients(attended, output, g, bias=inputs[3])
+    return None, reduce_grad(attended, g), (*gradients, None, None)
 
 
 gradient_tap.defvjp(_gradient_tap_fwd, _gradient_tap_bwd)
