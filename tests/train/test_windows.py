@@ -180,6 +180,7 @@ def test_evaluation_by_itself_takes_the_sharpness_that_the_run_ended_with(tmp_pa
     assert float(own) != pytest.approx(ended["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_alongside_measures_windows_as_sharp_as_they_are(model, params):
     wide, wide_params = to_winft(model, params, WindowConfig(reach=-1.0, sharpness=2.0))
     sharp = planned(model, winft__windows="predicted")._replace(model=wide)._with(sharpness=0.3)

@@ -199,7 +199,7 @@ def draw_window_areas(arms: Mapping[str, Sequence[Sequence[tuple[int, float]]]])
 
 
 def _arms_figure(
-    arms: Mapping[str, Sequence[Sequence[tuple[float, float]]]],
+    arms: Mapping[str, Sequence[Sequence[tuple[int | float, float]]]],
     summary: Callable[[np.ndarray], str],
 ) -> tuple[Figure, Axes]:
     """Lines of arms and of their runs; `summary` says something of `[runs, points]`."""
