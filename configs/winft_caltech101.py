@@ -18,6 +18,7 @@ from configs import caltech101, common
 def get_config(arm: str = "winft") -> ConfigDict:
     """One arm: as the first run of configs/caltech101.py, at 112 pixels."""
     config = common.with_windows(caltech101.get_config("112").unlock(), arm)
+    config.data.holdout = 0.1
     # The blocks below are frozen.
     config.winft.layers = tuple(range(6, 12))
     # At the backbone's learning rate windows would still hold the whole grid at the end.
