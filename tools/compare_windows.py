@@ -2,7 +2,7 @@
 
 Each run is a run of `vit_interact.train` in a folder of its own: finished ones are kept, a killed
 one goes on. Runs that fail are listed and do not stop the others. A table made before, perhaps on
-another machine, can be gone on with: its runs are taken from it.
+another machine, can be gone on with: all its runs stay in the new one.
 
 Examples:
   python tools/compare_windows.py --data /data/cifar10 --out runs --arms vit,local,winft --seeds 0
@@ -187,9 +187,10 @@ def _table(
     import jax
 
     rows = {}
-    for arm in arms:
-        runs = {seed: run for (own, seed), run in known.items() if own == arm and seed in seeds}
-        for seed in seeds:
+    others = {arm for arm, _ in known}
+    for arm in [arm for arm in ARMS if arm in arms or arm in others]:
+        runs = {seed: run for (own, seed), run in sorted(known.items()) if own == arm}
+        for seed in seeds if arm in arms else ():
             if seed not in runs and f"{arm}_{seed}" not in failed:
                 runs[seed] = _figures(arguments.out / f"{arm}_{seed}")
         if runs:

@@ -50,6 +50,9 @@ def test_runs_are_made_once_and_pooled(tmp_path):
     assert other.returncode == 0, other.stdout + other.stderr
     assert [run["val"] for run in table["arms"]["taught"]["runs"].values()] == values
     assert not (out / "vit_0").exists() and not (out / "local_1").exists()
+    _, table = compare("--known", str(known), "--arms", "vit", "--seeds", "0")
+    assert set(table["arms"]) == {"taught", "vit", "local"}
+    assert all(set(row["runs"]) == {"0", "1"} for row in table["arms"].values())
     refused, _ = compare("--known", str(known), "epochs=3")
     assert refused.returncode == 2 and "give the same settings" in refused.stderr
     # A run that cannot be is told, and the others stay.
