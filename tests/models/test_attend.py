@@ -9,7 +9,6 @@ from vit_interact import interactions as vx
 from vit_interact.layout import TokenLayout
 from vit_interact.models.attend import (
     QueryBlocks,
-    SeparableBias,
     Summed,
     attend_in_blocks,
     attention_gradients,
@@ -17,6 +16,7 @@ from vit_interact.models.attend import (
     fused_attention,
     suitable_blocks,
 )
+from vit_interact.models.bias import SeparableBias
 
 LAYOUT = TokenLayout(3, 4, 2)
 N, H, K = LAYOUT.num_tokens, 3, 5

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.models.helpers import stacked, tiny
-from vit_interact.models.attend import SeparableBias
 from vit_interact.models.attention import KINDS, Taps
+from vit_interact.models.bias import SeparableBias
 from vit_interact.models.vit import ViT
 
 FAMILY = {

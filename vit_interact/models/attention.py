@@ -30,7 +30,6 @@ from jaxtyping import Array, Bool, Float
 from vit_interact.models.attend import (
     Attended,
     QueryBlocks,
-    SeparableBias,
     Tiles,
     attend_by,
     attention_gradients,
@@ -38,6 +37,7 @@ from vit_interact.models.attend import (
     fused_attention,
     plain_attention,
 )
+from vit_interact.models.bias import SeparableBias
 
 KINDS = ("weights", "logits", "values", "output", "query", "key")
 SINKS = "sinks"

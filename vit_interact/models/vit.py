@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from vit_interact.models.attend import SeparableBias
 from vit_interact.models.attention import SINKS, MultiHeadDotProductAttention, Taps
+from vit_interact.models.bias import SeparableBias
 from vit_interact.models.config import ViTConfig
 from vit_interact.models.winft import GivenWindows, WindowHead
 
