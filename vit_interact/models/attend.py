@@ -322,21 +322,17 @@ def _heads_first(array: Float[Array, "*B N H K"]) -> Float[Array, "*B H N K"]:
 
 def attend_by(
     inputs: tuple[Any, ...],
-    blocks: QueryBlocks | Tiles | None,
+    blocks: QueryBlocks | Tiles,
     reduce: Callable[..., dict[str, Any]] | None = None,
     output_grad: Float[Array, "*B N H K"] | None = None,
 ) -> tuple[Float[Array, "*B N H K"], dict[str, Array]]:
-    """`attend_in_blocks`, or `tiled.attend_in_tiles`, or for None the same all at once."""
+    """`attend_in_blocks`, or `tiled.attend_in_tiles`."""
     if isinstance(blocks, Tiles):
         # Only here: Pallas takes a while to load, and few ask for it.
         from vit_interact.models.tiled import attend_in_tiles
 
         return attend_in_tiles(inputs, blocks, reduce, output_grad)
-    if blocks is not None:
-        return attend_in_blocks(inputs, blocks, reduce, output_grad)
-    attended = explicit_attention(*inputs)
-    arguments = (attended,) if output_grad is None else (attended, output_grad)
-    return attended.output, reduce(*arguments) if reduce else {}
+    return attend_in_blocks(inputs, blocks, reduce, output_grad)
 
 
 def fused_attention(
