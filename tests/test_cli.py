@@ -236,6 +236,7 @@ def test_one_compilation_for_all_batches(tmp_path, weights, caplog):
     import jax
 
     images = photographs(tmp_path / "in", 5)
+    jax.clear_caches()  # Tests before this one, in the same process, may have compiled some of it.
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         run("analyze", images, "--model", weights, "--out", tmp_path / "out",
             "--batch-size", 2, "--coverage", "0.77")  # fmt: skip
