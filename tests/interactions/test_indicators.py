@@ -148,6 +148,25 @@ def test_gradients_are_finite_at_zero(name):
     assert all(np.isfinite(np.asarray(g)).all() for g in grads)
 
 
+@pytest.mark.parametrize("name", ["leave_one_out", "edge"])
+def test_gradients_where_one_key_holds_nearly_all(name):
+    """All other keys together hold about 1e-25: no division by the square of it."""
+    tensors = make(tokens=6)
+    logits = np.log(tensors["weights"])
+    logits[..., 2] += 60
+
+    def total(logits, *others):
+        return vx.INDICATORS[name](jax.nn.softmax(logits), *others).sum()
+
+    def slope(dtype):
+        others = [jnp.asarray(tensors[need], dtype) for need in vx.NEEDS[name][1:]]
+        return jax.grad(total)(jnp.asarray(logits, dtype), *others)
+
+    with enable_x64(True):
+        expected = np.asarray(slope(jnp.float64))
+    assert relative(np.asarray(slope(jnp.float32)), expected) < 1e-4
+
+
 @pytest.mark.parametrize("name", SINGLE)
 def test_gradient_matches_finite_differences(name):
     tensors = make(tokens=4)

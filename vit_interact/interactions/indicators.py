@@ -332,13 +332,26 @@ def _cut_edges(weights: Array, values: Array) -> _Cut:
     picked = jnp.take_along_axis(values, which, axis=-2, mode="promise_in_bounds")
     largest_value = jnp.where(largest > 0, picked, 0)
     others = rest_sum > 0
-    alone = jnp.where(others, rest_output / jnp.where(others, rest_sum, 1), largest_value)
+    alone = jnp.where(others, _divide(rest_output, jnp.where(others, rest_sum, 1)), largest_value)
     return _Cut(
         output=rest_output + largest * largest_value,
         factor=rest / (1 - rest),
         dominates=dominates,
         dominant_change=largest * (alone - largest_value),
     )
+
+
+@jax.custom_jvp
+def _divide(numerator: Array, denominator: Array) -> Array:
+    """A quotient whose derivative survives a tiny denominator, which jax's own would square."""
+    return numerator / denominator
+
+
+@_divide.defjvp
+def _divide_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (numerator, denominator), (by_numerator, by_denominator) = primals, tangents
+    quotient = _divide(numerator, denominator)
+    return quotient, (by_numerator - quotient * by_denominator) / denominator
 
 
 def _centred(values: Heads, weights: Array) -> Array:
