@@ -90,8 +90,6 @@ def analyze(
     Raises:
       ValueError: for unknown options, or when a model that is not ours comes without `layout`.
     """
-    import xarray as xr
-
     if layout is None:
         if not isinstance(model, ViT):
             raise ValueError("a model that is not vit_interact's needs layout=TokenLayout(...)")
@@ -106,6 +104,8 @@ def analyze(
     found = _analyze(model, params, images, classes, names, chosen, function, layout)
     boxes = windows.smallest_windows(found["rows"], layout, float(coverage))
     of_rows = {"window": boxes, "area": windows.window_area(boxes, layout)}
+    import xarray as xr  # A third of a second, of which the device needs a part.
+
     found, of_rows = jax.tree.map(np.asarray, (found, of_rows))
     for name, flat in {"interaction": found["rows"], **of_rows}.items():
         whole = flat.reshape(len(chosen) + 1, len(images), *flat.shape[1:])

@@ -7,6 +7,7 @@ them. What is drawn is what the dataset holds: artists carry its arrays unchange
 
 from __future__ import annotations
 
+import concurrent.futures
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from matplotlib.patheffects import Normal, Stroke
 
 from vit_interact.viz import style
 from vit_interact.viz.fields import draw_field, draw_growth
-from vit_interact.viz.png import COARSE, LEVELS, save
+from vit_interact.viz.png import COARSE, LEVELS, render, write
 from vit_interact.viz.predicted import draw_predicted
 from vit_interact.viz.scene import (
     SAMPLE_SIDE,
@@ -385,9 +386,13 @@ def render_image(data: xr.Dataset, folder: str | os.PathLike[str]) -> list[Path]
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    return [
-        # Six photographs under heat never fit at full depth: that try is left out.
-        save(draw(data), target / f"{stem}.png", COARSE if stem == "interaction" else LEVELS)
-        for stem, draw in FIGURES.items()
-        if applies(stem, data)
-    ]
+    # One figure is drawn while another is compressed.
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        written = [
+            # Six photographs under heat never fit at full depth: that try is left out.
+            pool.submit(write, render(draw(data)), target / f"{stem}.png",
+                        COARSE if stem == "interaction" else LEVELS)
+            for stem, draw in FIGURES.items()
+            if applies(stem, data)
+        ]  # fmt: skip
+    return [file.result() for file in written]

@@ -41,11 +41,21 @@ def save(
     Returns:
       `path`.
     """
+    return write(render(figure), path, steps, most)
+
+
+def render(figure: Figure) -> Image.Image:
+    """A figure's picture, RGB."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     size = canvas.get_width_height()
-    pixels = Image.frombuffer("RGBA", size, canvas.buffer_rgba(), "raw", "RGBA", 0, 1)
-    pixels = pixels.convert("RGB")
+    return Image.frombuffer("RGBA", size, canvas.buffer_rgba(), "raw", "RGBA", 0, 1).convert("RGB")
+
+
+def write(
+    pixels: Image.Image, path: Path, steps: Sequence[int] = LEVELS, most: int | None = None
+) -> Path:
+    """The part of `save` after `render`: it leaves the interpreter to other threads meanwhile."""
     for content in _jpegs(pixels) if path.suffix == ".jpg" else _pngs(pixels, steps):
         if len(content) <= (MOST_BYTES if most is None else most):
             break
