@@ -6,9 +6,14 @@ on the command line, for example --config.batch_size=64 --config.optimizer.accum
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ml_collections import ConfigDict
 
 from vit_interact.train.config import default_config
+
+#: Arms of the comparison of METHOD section 5; `with_windows` says what they are.
+ARMS = ("vit", "local", "shifted", "random", "offset", "teacher", "free", "winft", "taught")
 
 
 def base() -> ConfigDict:
@@ -81,12 +86,16 @@ def with_windows(config: ConfigDict, arm: str) -> ConfigDict:
     Raises:
       ValueError: for another arm.
     """
+    check_arm(arm, ARMS)
     kinds = {"vit": "", "free": "predicted", "winft": "predicted", "taught": "predicted"}
-    kinds |= {kind: kind for kind in ("local", "shifted", "random", "offset", "teacher")}
-    if arm not in kinds:
-        raise ValueError(f"arm '{arm}': expected one of {', '.join(kinds)}")
-    config.winft.windows = kinds[arm]
+    config.winft.windows = kinds.get(arm, arm)
     config.winft.guide = {"winft": "self", "taught": "teacher"}.get(arm, "")
     config.winft.coverage = 0.5
     config.winft.sharpness = (1.0, 0.3)
     return config
+
+
+def check_arm(arm: str, arms: Sequence[str]) -> None:
+    """Raises ValueError, naming the known ones, unless `arm` is one of `arms`."""
+    if arm not in arms:
+        raise ValueError(f"arm '{arm}': expected one of {', '.join(arms)}")

@@ -14,6 +14,8 @@ from ml_collections import ConfigDict
 
 from configs import caltech101, common
 
+ARMS = ("vit", "free", "winft", "local", "shifted", "random")
+
 
 def get_config(arm: str = "winft") -> ConfigDict:
     """One arm: as the first run of configs/caltech101.py, at 112 pixels."""

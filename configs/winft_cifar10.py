@@ -14,6 +14,8 @@ from ml_collections import ConfigDict
 
 from configs import cifar10, common
 
+ARMS = common.ARMS
+
 
 def get_config(arm: str = "winft") -> ConfigDict:
     """One arm."""

@@ -2,7 +2,9 @@
 
 Each run is a run of `vit_interact.train` in a folder of its own: finished ones are kept, a killed
 one goes on. Runs that fail are listed and do not stop the others. A table made before, perhaps on
-another machine, can be gone on with: all its runs stay in the new one.
+another machine, can be gone on with: all its runs stay in the new one. What an arm gains over `vit`
+is given with its 95 % interval by Student's t over the seeds that both have, paired: a seed draws
+the same images for all arms.
 
 Examples:
   python tools/compare_windows.py --data /data/cifar10 --out runs --arms vit,local,winft --seeds 0
@@ -18,13 +20,13 @@ import json
 import os
 import platform
 import queue
+import runpy
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-ARMS = ("vit", "local", "shifted", "random", "offset", "teacher", "free", "winft", "taught")
 TAUGHT = ("offset", "teacher", "taught")
 
 
@@ -38,23 +40,24 @@ def main() -> None:
         shown = words if more.get("required") else f"{words}; default: %(default)s"
         parser.add_argument(name, help=shown, **more)
 
-    option("--config", "without an arm", default="configs/winft_cifar10_cpu.py")
+    option(
+        "--config", "without an arm; its ARMS can be run", default="configs/winft_cifar10_cpu.py"
+    )
     option("--data", "as config.data.source", required=True)
     option("--out", "folder of the runs and the table", type=Path, required=True)
-    option("--arms", "of the comparison", default=",".join(ARMS))
+    option("--arms", "some of the config's", default="all")
     option("--seeds", "of each arm", type=_seeds, default="0,1,2")
     option("--jobs", "runs at a time, each on its own cores", type=_count, default=1)
     parser.add_argument("--known", help="a table of the same config and settings", type=Path)
     parser.add_argument("--test", action="store_true", help="read the test split, at the very end")
     parser.add_argument("settings", nargs="*", help="further settings, such as epochs=3")
     arguments = parser.parse_args()
-    arms = arguments.arms.split(",")
-    if unknown := set(arms) - set(ARMS):
-        parser.error(f"no arm is called {', '.join(sorted(unknown))}; there are {', '.join(ARMS)}")
     seeds = arguments.seeds
-    if not Path(arguments.config).is_file():
-        parser.error(f"--config {arguments.config}: there is no such file")
     try:
+        every_arm = _arms_of(arguments.config)
+        arms = list(every_arm) if arguments.arms == "all" else arguments.arms.split(",")
+        if unknown := sorted(set(arms) - set(every_arm)):
+            raise ValueError(f"--arms {', '.join(unknown)}: there are {', '.join(every_arm)}")
         known = _known(arguments)
     except ValueError as error:
         parser.error(str(error))
@@ -83,7 +86,7 @@ def main() -> None:
                 if error:
                     failed[f"{arm}_{seed}"] = error
                 print(f"{done}/{len(order)} {arm}_{seed}: {error or 'done'}", flush=True)
-    table = _table(arguments, arms, seeds, failed, known)
+    table = _table(arguments, every_arm, arms, seeds, failed, known)
     (arguments.out / "table.json").write_text(json.dumps(table, indent=1) + "\n", "utf-8")
     _print(table)
     if table["arms"]:
@@ -102,6 +105,21 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected 1 or more")
     return int(text)
+
+
+def _arms_of(path: str) -> tuple[str, ...]:
+    """What a config can be given after a colon.
+
+    Raises:
+      ValueError: when it is not there or takes nothing.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"--config {path}: there is no such file")
+    sys.path.insert(0, os.getcwd())  # as `python -m` has it, which runs the config
+    arms = runpy.run_path(path).get("ARMS")
+    if not arms:
+        raise ValueError(f"--config {path}: has no ARMS; configs/winft_cifar10_cpu.py has some")
+    return tuple(arms)
 
 
 def _known(arguments: Any) -> dict[tuple[str, int], dict[str, Any]]:
@@ -179,6 +197,7 @@ def _call(command: list[str], folder: Path, cores: set[int]) -> str:
 
 def _table(
     arguments: Any,
+    every_arm: tuple[str, ...],
     arms: list[str],
     seeds: list[int],
     failed: dict[str, str],
@@ -186,15 +205,19 @@ def _table(
 ) -> dict[str, Any]:
     import jax
 
-    rows = {}
+    rows: dict[str, Any] = {}
     others = {arm for arm, _ in known}
-    for arm in [arm for arm in ARMS if arm in arms or arm in others]:
+    for arm in [arm for arm in every_arm if arm in arms or arm in others]:
         runs = {seed: run for (own, seed), run in sorted(known.items()) if own == arm}
         for seed in seeds if arm in arms else ():
             if seed not in runs and f"{arm}_{seed}" not in failed:
                 runs[seed] = _figures(arguments.out / f"{arm}_{seed}")
         if runs:
             rows[arm] = {"runs": runs, **_pooled(list(runs.values()))}
+    plain = rows.get("vit", {}).get("runs", {})
+    for arm, row in rows.items():
+        if arm != "vit":
+            row["gain"] = {name: _gain(row["runs"], plain, name) for name in ("val", "test")}
     return {
         "command": " ".join(["python", *sys.argv]),
         "config": arguments.config,
@@ -241,6 +264,26 @@ def _pooled(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _gain(
+    runs: dict[int, dict[str, Any]], plain: dict[int, dict[str, Any]], name: str
+) -> dict[str, Any] | None:
+    """Mean difference over the seeds that both have, and its 95 % interval from two seeds on."""
+    from scipy.stats import t
+
+    seeds = [
+        seed for seed in runs
+        if seed in plain and runs[seed][name] is not None and plain[seed][name] is not None
+    ]  # fmt: skip
+    if not seeds:
+        return None
+    each = [runs[seed][name] - plain[seed][name] for seed in seeds]
+    mean, interval = statistics.mean(each), None
+    if len(each) > 1:
+        half = t.ppf(0.975, len(each) - 1) * statistics.stdev(each) / len(each) ** 0.5
+        interval = (mean - half, mean + half)
+    return {"seeds": seeds, "mean": mean, "interval": interval}
+
+
 def _draw(table: dict[str, Any], folder: Path) -> None:
     from vit_interact.viz.png import save
     from vit_interact.viz.training import draw_arms, draw_window_areas
@@ -260,14 +303,20 @@ def _areas(run: dict[str, Any]) -> list[tuple[int, float]]:
 
 
 def _print(table: dict[str, Any]) -> None:
-    print(f"{'arm':10} {'runs':>4} {'held-out':>16} {'area':>6} {'images/s':>9}")
+    print(f"{'arm':12} {'runs':>4} {'held-out':>16} {'over vit':>26} {'area':>6} {'images/s':>9}")
     for arm, row in table["arms"].items():
         val, runs = row["val"], list(row["runs"].values())
         spread = "" if val["deviation"] is None else f" ± {val['deviation']:.2%}"
+        gain = ""
+        if found := row.get("gain", {}).get("val"):
+            gain = f"{found['mean']:+.2%}"
+            if found["interval"]:
+                gain += " ({:+.2%} to {:+.2%})".format(*found["interval"])
         area = runs[0].get("windows/area")
         area = "" if area is None else f"{area:.0%}"
         speed = runs[0]["images_per_s"] or 0
-        print(f"{arm:10} {len(runs):4} {val['mean']:9.2%}{spread:>7} {area:>6} {speed:9.1f}")
+        held_out = f"{val['mean']:9.2%}{spread:>7}"
+        print(f"{arm:12} {len(runs):4} {held_out} {gain:>26} {area:>6} {speed:9.1f}")
     for run, error in table["failed"].items():
         print(f"failed: {run}: {error}")
 

@@ -3,6 +3,8 @@
 from configs import common
 from tests.train import tiny
 
+ARMS = common.ARMS
+
 
 def get_config(arm="winft"):
     config = common.with_windows(tiny.config(steps=2).unlock(), arm)

@@ -37,6 +37,14 @@ def test_runs_are_made_once_and_pooled(tmp_path):
     values = [run["val"] for run in runs.values()]
     assert table["arms"]["taught"]["val"]["mean"] == pytest.approx(sum(values) / 2)
     assert runs["0"]["test"] is None
+    gain = table["arms"]["taught"]["gain"]
+    plain = [run["val"] for run in table["arms"]["vit"]["runs"].values()]
+    first, second = (own - other for own, other in zip(values, plain, strict=True))
+    # Student's t of one degree of freedom; the standard error of two values is half their distance.
+    half = 12.7062 * abs(first - second) / 2
+    assert gain["val"]["mean"] == pytest.approx((first + second) / 2)
+    assert gain["val"]["interval"][1] == pytest.approx(gain["val"]["mean"] + half, abs=1e-5)
+    assert gain["test"] is None and "gain" not in table["arms"]["vit"]
     # The second time nothing is trained, and only now is the test split read.
     again, table = compare("--test")
     assert again.returncode == 0, again.stdout + again.stderr
