@@ -1,21 +1,24 @@
-"""Time and products of attention within windows beside dense attention, on this machine's CPU.
+"""Time and products of attention within windows beside dense attention, on this machine.
 
     python -m benchmarks.windows_attention [--json] [--repeats 5] [--backward]
     python -m benchmarks.windows_attention --windows windows.npy   # yours: [..., P, 4], square
+    python -m benchmarks.windows_attention --kernel pallas --dtype bfloat16 --batch 8   # on a GPU
 
-One layer of ViT-S (6 heads of 64), one image, random queries, keys and values. Windows are centred
-boxes (moved inwards at the border) of the area that coverages 0.5, 0.75 and 0.9 of a smooth
-interaction need, one that falls to 1/e over an eighth of the grid along each axis; and of a quarter
-of the grid. That is the friendly case, as neighbours' windows overlap; `--windows` takes real ones,
+One layer of ViT-S (6 heads of 64), random queries, keys and values. Windows are centred boxes
+(moved inwards at the border) of the area that coverages 0.5, 0.75 and 0.9 of a smooth interaction
+need, one that falls to 1/e over an eighth of the grid along each axis; and of a quarter of the
+grid. That is the friendly case, as neighbours' windows overlap; `--windows` takes real ones,
 which differ from patch to patch and so save less. Products are those of queries with keys,
-computed over all N x N. Dense is measured twice: this package's blocks of queries, and
-`jax.nn.dot_product_attention`. All alternate in one process; medians of wall time, and of CPU time
-of all threads, which other programs on the machine disturb less.
+computed over all N x N. Dense is measured twice: what this package's models use, and
+`jax.nn.dot_product_attention`, which on a GPU is cuDNN's flash attention when the type is
+bfloat16. All alternate in one process; medians of wall time, and of CPU time of all threads,
+which other programs on the machine disturb less.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -78,31 +81,46 @@ def times(
 
 
 def measure(
-    layout: TokenLayout, windows: np.ndarray, repeats: int, backward: bool
+    layout: TokenLayout, windows: np.ndarray, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Dense and windowed attention of one layer and image, and what the windows save."""
+    """Dense and windowed attention of one layer, and what the windows save."""
     rng = np.random.default_rng(0)
-    shape = (1, layout.num_tokens, HEADS, WIDTH)
-    query, key, value, grad = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(4))
-    boxes = jnp.asarray(windows)[None]
+    shape = (options.batch, layout.num_tokens, HEADS, WIDTH)
+    query, key, value, grad = (jnp.asarray(rng.normal(size=shape), options.dtype) for _ in range(4))
+    boxes, kernel = jnp.asarray(windows)[None], options.kernel
+    if kernel is None:
+        share = computed_share(windows, layout)
+    else:
+        from vit_interact.models import pallas_windows
+
+        size = pallas_windows.suitable_size(jax.default_backend(), query.dtype)
+        share = pallas_windows.computed_share(windows, layout, size)
 
     def whole(function: Callable[..., Any]) -> Callable[..., Any]:
-        if not backward:
+        if not options.backward:
             return lambda q, k, v, w, g: function(q, k, v, w)
         return lambda q, k, v, w, g: jax.vjp(lambda *x: function(*x, w), q, k, v)[1](g)
 
     functions = {
         "dense": whole(lambda q, k, v, w: fused_attention(q, k, v)),
-        "jax": whole(lambda q, k, v, w: jax.nn.dot_product_attention(q, k, v, scale=1.0)),
-        "windows": whole(lambda q, k, v, w: window_attention(q, k, v, w, layout)),
+        "jax": whole(lambda q, k, v, w: peer(options.dtype)(q, k, v, scale=1.0)),
+        "windows": whole(lambda q, k, v, w: window_attention(q, k, v, w, layout, kernel)),
     }
     arguments = (query / WIDTH**0.5, key, value, boxes, grad)
     return {
         "patches": layout.num_patches,
         "area": float(window_area(windows, layout).mean()),
-        "products": float(computed_share(windows, layout)),
-        **times(functions, arguments, repeats),
+        "products": float(share),
+        **times(functions, arguments, options.repeats),
     }
+
+
+def peer(dtype: str) -> Callable[..., Any]:
+    """Attention of jax itself, cuDNN's where that can be had: it knows no float32."""
+    flash = jax.default_backend() == "gpu" and dtype == "bfloat16"
+    return functools.partial(
+        jax.nn.dot_product_attention, implementation="cudnn" if flash else None
+    )
 
 
 def main() -> None:
@@ -114,13 +132,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--backward", action="store_true", help="forward and backward together")
     parser.add_argument("--windows", type=pathlib.Path, help="windows to time instead, a .npy file")
+    parser.add_argument("--kernel", choices=("pallas",), help="instead of XLA; CPUs interpret it")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--batch", type=int, default=1, help="images")
     options = parser.parse_args()
     setting = {
         "device": jax.devices()[0].device_kind,
         "cpu_count": os.cpu_count(),
         "heads": HEADS,
         "head_width": WIDTH,
-        "dtype": "float32",
+        "dtype": options.dtype,
+        "batch": options.batch,
+        "kernel": options.kernel or "xla",
+        "peer": peer(options.dtype).keywords["implementation"] or "xla",
         "backward": options.backward,
         "python": platform.python_version(),
         "jax": jax.__version__,
@@ -133,7 +157,7 @@ def main() -> None:
         )
     results = []
     for what, layout, windows in _cases(options.windows):
-        line = {"what": what, **measure(layout, windows, options.repeats, options.backward)}
+        line = {"what": what, **measure(layout, windows, options)}
         results.append(line)
         if not options.json:
             print(_row(line), flush=True)

@@ -5,43 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_interact.interactions.windows import window_mask
+from tests.models.windowed import both, boxes, close, inputs, masked
 from vit_interact.layout import TokenLayout
-from vit_interact.models.attend import explicit_attention
-from vit_interact.models.window_attention import (
-    computed_share,
-    hilbert,
-    needed_blocks,
-    patch_blocks,
-    window_attention,
-)
-
-H, K = 2, 6
-
-
-def inputs(layout, batch=(2,), seed=0):
-    keys = jax.random.split(jax.random.key(seed), 4)
-    shape = (*batch, layout.num_tokens, H, K)
-    return tuple(jax.random.normal(key, shape) for key in keys)
-
-
-def boxes(layout, reach, batch=(2,), seed=0):
-    """Windows that reach 0 to `reach - 1` patches to each side of their patch."""
-    rng = np.random.default_rng(seed)
-    before, after = rng.integers(0, reach, (2, *batch, layout.num_patches, 2))
-    place = layout.positions()
-    corners = np.concatenate([place - before, place + after + 1], axis=-1)
-    return np.clip(corners, 0, [layout.rows, layout.cols] * 2).astype(np.int32)
-
-
-def close(found, expected, tolerance=1e-5):
-    expected = np.asarray(expected)
-    np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max(), rtol=0)
-
-
-def masked(q, k, v, windows, layout):
-    mask = jnp.expand_dims(window_mask(windows, layout), -3)
-    return explicit_attention(q, k, v, None, mask).output
+from vit_interact.models.patch_blocks import hilbert, needed_blocks, patch_blocks
+from vit_interact.models.window_attention import computed_share, window_attention
 
 
 @pytest.mark.parametrize(
@@ -60,16 +27,11 @@ def test_equals_a_mask_with_its_derivatives(layout, reach):
 
     sparse = lambda q, k, v: window_attention(q, k, v, windows, layout)  # noqa: E731
     dense = lambda q, k, v: masked(q, k, v, windows, layout)  # noqa: E731
-    found, of_found = jax.jit(lambda *a: _both(sparse, g, *a))(q, k, v)
-    expected, of_expected = jax.jit(lambda *a: _both(dense, g, *a))(q, k, v)
+    found, of_found = jax.jit(lambda *a: both(sparse, g, *a))(q, k, v)
+    expected, of_expected = jax.jit(lambda *a: both(dense, g, *a))(q, k, v)
     close(found, expected)
     for a, b in zip(of_found, of_expected, strict=True):
         close(a, b)
-
-
-def _both(function, g, *arrays):
-    output, pull = jax.vjp(function, *arrays)
-    return output, pull(g)
 
 
 def test_leading_axes_one_set_of_windows_and_vmap():

@@ -37,9 +37,7 @@ the key that holds more than half, or -1; attention of all other keys."""
 OWN, DOMINANT = range(2)
 """Columns of a map's statistics: what a row adds to every edge; its value at the key `WHICH`."""
 
-_MASKED = -1e30  # Finite: inf - inf would be NaN.
-
-_WARPS = 8  # With fewer, or larger tiles, a GPU's registers spill (docs/kernels.md).
+MASKED = -1e30  # Finite: inf - inf would be NaN.
 
 OfHead = Callable[[Any], Any]
 
@@ -122,14 +120,18 @@ def _by_platform(function: Callable[..., Any], tiles: Tiles, *arrays: Any) -> An
     return lax.platform_dependent(*arrays, cpu=on("cpu"), tpu=on("tpu"), default=on("gpu"))
 
 
-def _call(kernel: Any, platform: str, name: str, **arguments: Any) -> Any:
-    """`pl.pallas_call` with the options of a platform; on a CPU, the interpreter."""
+def call(kernel: Any, platform: str, name: str, warps: int = 8, **arguments: Any) -> Any:
+    """`pl.pallas_call` with the options of a platform; on a CPU, the interpreter.
+
+    With fewer warps than 8, or larger tiles, the kernels of this file spill a GPU's registers
+    (docs/kernels.md).
+    """
     if platform == "cpu":
         return pl.pallas_call(kernel, name=name, interpret=True, **arguments)
-    return pl.pallas_call(kernel, name=name, compiler_params=_params(platform), **arguments)
+    return pl.pallas_call(kernel, name=name, compiler_params=_params(platform, warps), **arguments)
 
 
-def _params(platform: str) -> Any:
+def _params(platform: str, warps: int) -> Any:
     if platform == "tpu":
         from jax.experimental.pallas import tpu
 
@@ -140,7 +142,7 @@ def _params(platform: str) -> Any:
         # A later jax gives Triton up. Programs are traced for all platforms, so that must not stop
         # a TPU; on a GPU, jax then says what it cannot lower.
         return None
-    return triton.CompilerParams(num_warps=_WARPS, num_stages=2)
+    return triton.CompilerParams(num_warps=warps, num_stages=2)
 
 
 def _row_statistics(
@@ -150,14 +152,14 @@ def _row_statistics(
     tokens = key.shape[-2]
     query = _pad(query, -2, tiles.queries)
     key, value = _pad(key, -2, tiles.keys), _pad(value, -2, tiles.keys)
-    query, key, value = (_pad_width(x) for x in (query, key, value))
+    query, key, value = (pad_width(x) for x in (query, key, value))
     lead, (padded, wide) = tuple(batch), query.shape[-2:]
 
     def rows(columns: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, tiles.queries, columns), lambda b, h, i: (b, h, i, 0))
 
     keys = pl.BlockSpec((None, None, *key.shape[-2:]), lambda b, h, i: (b, h, 0, 0))
-    rest, statistics = _call(
+    rest, statistics = call(
         functools.partial(_statistics_kernel, tokens, tiles.keys),
         platform,
         "vit_interact_rows",
@@ -181,7 +183,7 @@ def _statistics_kernel(
         """Logits `[M, size]`, the numbers of their keys as floats, and where the keys are."""
         keys = pl.ds(pl.multiple_of(i * size, size), size)
         numbers = i * size + lax.broadcasted_iota(jnp.int32, (count, size), 1)
-        logits = jnp.where(numbers < tokens, _dot(query, k_ref[keys, :]), _MASKED)
+        logits = jnp.where(numbers < tokens, dot(query, k_ref[keys, :]), MASKED)
         return logits, numbers.astype(jnp.float32), keys
 
     def largest(i: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -199,11 +201,11 @@ def _statistics_kernel(
         logits, numbers, keys = block(i)
         # Left out, not subtracted: what is left of a row next to 1 may be 1e-9.
         weights = jnp.where(numbers == which, 0.0, jnp.exp(logits - top) * scale)
-        output = output + _dot(weights, v_ref[keys, :], transposed=False)
+        output = output + dot(weights, v_ref[keys, :], transposed=False)
         return rest + jnp.sum(weights, axis=1, keepdims=True), output
 
     zeros = jnp.zeros((count, 1), jnp.float32)
-    start = (jnp.full_like(zeros, 2 * _MASKED), zeros, zeros)
+    start = (jnp.full_like(zeros, 2 * MASKED), zeros, zeros)
     top, total, which = lax.fori_loop(0, blocks, largest, start)
     scale = 1.0 / total
     which = jnp.where(total < 2.0, which, -1.0)  # the largest weight is 1 / total
@@ -221,10 +223,8 @@ def _indicator_map(
     queries = QuerySide(*(_maybe(_pad, x, -2, tiles.queries) for x in queries))
     wide = (_maybe(_pad, x, -2, tiles.keys) for x in keys[:2])
     keys = KeySide(*wide, own=_maybe(_pad, keys.own, -1, tiles.keys))
-    queries = queries._replace(
-        query=_pad_width(queries.query), left=_maybe(_pad_width, queries.left)
-    )
-    keys = keys._replace(key=_pad_width(keys.key), value=_maybe(_pad_width, keys.value))
+    queries = queries._replace(query=pad_width(queries.query), left=_maybe(pad_width, queries.left))
+    keys = keys._replace(key=pad_width(keys.key), value=_maybe(pad_width, keys.value))
 
     def of_queries(array: Array) -> pl.BlockSpec:
         shape = (None, heads, tiles.queries, array.shape[-1])
@@ -240,7 +240,7 @@ def _indicator_map(
     padded = queries.query.shape[-2], keys.key.shape[-2]
     # Tiles that stand over the border are cut there by a TPU, but not by Triton.
     shape = padded if platform == "gpu" else (rows, tokens)
-    found = _call(
+    found = call(
         functools.partial(_map_kernel, name, heads),
         platform,
         f"vit_interact_{name}",
@@ -255,7 +255,7 @@ def _indicator_map(
 
 def _map_kernel(name: str, heads: int, queries: QuerySide, keys: KeySide, out_ref: Any) -> None:
     def weights(h: Any) -> Array:
-        logits = _dot(queries.query[h], keys.key[h])
+        logits = dot(queries.query[h], keys.key[h])
         return jnp.exp(logits - _column(queries.rows, h, TOP)) * _column(queries.rows, h, SCALE)
 
     # Outside the loop over heads: interpreted, the number of a program is not known inside.
@@ -299,7 +299,7 @@ def _dispersion(heads: int, queries: QuerySide, keys: KeySide, weights: OfHead) 
 
 def _gradient(heads: int, queries: QuerySide, keys: KeySide, weights: OfHead) -> tuple[Any, ...]:
     def add_head(h: Any, carry: tuple[Array]) -> tuple[Array]:
-        slope = _dot(queries.left[h], keys.value[h])
+        slope = dot(queries.left[h], keys.value[h])
         return (carry[0] + jnp.maximum(weights(h) * slope, 0.0),)
 
     return add_head, 1, lambda total: total / heads
@@ -308,7 +308,7 @@ def _gradient(heads: int, queries: QuerySide, keys: KeySide, weights: OfHead) ->
 def _leave_one_out(heads: int, queries: QuerySide, keys: KeySide, cut: OfHead) -> tuple[Any, ...]:
     def add_head(h: Any, carry: tuple[Array]) -> tuple[Array]:
         factor, dominates = cut(h)
-        cross = _dot(queries.left[h], keys.value[h])
+        cross = dot(queries.left[h], keys.value[h])
         distance = jnp.maximum(_column(queries.ends, h, OWN) - 2.0 * cross + keys.own[h], 0.0)
         dominant = _column(queries.ends, h, DOMINANT)
         return (carry[0] + jnp.where(dominates, dominant, factor * factor * distance),)
@@ -319,7 +319,7 @@ def _leave_one_out(heads: int, queries: QuerySide, keys: KeySide, cut: OfHead) -
 def _edge(heads: int, queries: QuerySide, keys: KeySide, cut: OfHead) -> tuple[Any, ...]:
     def add_head(h: Any, carry: tuple[Array]) -> tuple[Array]:
         factor, dominates = cut(h)
-        towards = _dot(queries.left[h], keys.value[h])
+        towards = dot(queries.left[h], keys.value[h])
         change = factor * (_column(queries.ends, h, OWN) - towards)
         return (carry[0] + jnp.where(dominates, _column(queries.ends, h, DOMINANT), change),)
 
@@ -340,7 +340,7 @@ def _column(ref: Any, h: Any, column: int) -> Array:
     return ref[h, :, pl.ds(column, 1)]
 
 
-def _dot(left: Array, right: Array, transposed: bool = True) -> Array:
+def dot(left: Array, right: Array, transposed: bool = True) -> Array:
     """`left @ right.T`, or `left @ right`, in float32; not in tf32 or bf16 when given float32."""
     exact = left.dtype == jnp.float32
     return lax.dot_general(
@@ -361,7 +361,7 @@ def _pad(array: Array, axis: int, multiple: int) -> Array:
     return _pad_to(array, axis, -(-array.shape[axis] // multiple) * multiple)
 
 
-def _pad_width(array: Array) -> Array:
+def pad_width(array: Array) -> Array:
     """Width of a head up to a power of two that a tensor core takes; zeros add nothing."""
     return _pad_to(array, -1, max(16, 1 << (array.shape[-1] - 1).bit_length()))
 

@@ -7,7 +7,7 @@ Gimelshein 2018, as in FlashAttention), forward and backward. Lists have room fo
 windows of any size and shape give the right result: large ones only save nothing.
 
 This is for the CPU. Elsewhere a loop of small steps leaves the device idle, so there the windows
-become a mask of `jax.nn.dot_product_attention`.
+become a mask of `jax.nn.dot_product_attention`, or `kernel="pallas"` skips keys.
 """
 
 from __future__ import annotations
@@ -24,78 +24,11 @@ from jaxtyping import Array, Bool, Float, Int
 from vit_interact.interactions.windows import window_mask
 from vit_interact.layout import TokenLayout
 from vit_interact.models.attend import explicit_attention, fused_attention
+from vit_interact.models.patch_blocks import needed_blocks, patch_blocks
 
-# Patches in a block, and blocks of keys a step. Larger blocks multiply faster, but the union of a
-# block's windows grows with them; sizes that vectors do not fill (63) take twice as long.
-_SIZE, _SPAN = 32, 4
+# Blocks of keys a step.
+_SPAN = 4
 _LOWEST = -1e30  # below every logit, and far above the -3.4e38 of masked ones: exp gives 0
-
-
-class PatchBlocks(NamedTuple):
-    """Which patches each block holds.
-
-    Attributes:
-      patches: numbers of the patches `[blocks, S]`; 0 where there is none.
-      real: which of them are `[blocks, S]`.
-      box: (top, left, bottom, right) around each block, exclusive at the end, `[blocks, 4]`.
-    """
-
-    patches: Int[np.ndarray, "blocks S"]
-    real: Bool[np.ndarray, "blocks S"]
-    box: Int[np.ndarray, "blocks 4"]
-
-
-@functools.cache
-def patch_blocks(layout: TokenLayout) -> PatchBlocks:
-    """Cuts a grid of any size into compact blocks of 32 patches; only the last is filled up.
-
-    They are stretches of a Hilbert curve through the smallest square of a power of two that holds
-    the grid. Rectangular tiles are the same blocks on a grid of 64x64, but on one of 37x37 their
-    filling at the border costs a tenth to a third more products.
-    """
-    row, col = layout.positions().T
-    place = np.argsort(np.argsort(hilbert(row, col)))
-    block = place // _SIZE
-    count = block.max() + 1
-    patches, real = np.zeros((count, _SIZE), np.int32), np.zeros((count, _SIZE), bool)
-    box = np.empty((count, 4), np.int32)
-    for number in range(count):
-        inside = np.flatnonzero(block == number)
-        patches[number, : len(inside)], real[number, : len(inside)] = inside, True
-        rows, cols = row[inside], col[inside]
-        box[number] = rows.min(), cols.min(), rows.max() + 1, cols.max() + 1
-    return PatchBlocks(patches, real, box)
-
-
-def hilbert(row: Int[np.ndarray, " P"], col: Int[np.ndarray, " P"]) -> Int[np.ndarray, " P"]:
-    """Places along the Hilbert curve through the smallest enclosing square of a power of two."""
-    x, y = np.array(col, np.int64), np.array(row, np.int64)
-    side = 1 << int(max(x.max(), y.max())).bit_length()
-    place = np.zeros_like(x)
-    half = side // 2
-    while half:
-        right, lower = (x & half) > 0, (y & half) > 0
-        place += half * half * ((3 * right) ^ lower)
-        # Turn the quarter so that its curve starts where the last one ended.
-        flip = ~lower & right
-        x, y = np.where(flip, side - 1 - x, x), np.where(flip, side - 1 - y, y)
-        x, y = np.where(lower, x, y), np.where(lower, y, x)
-        half //= 2
-    return place
-
-
-def needed_blocks(
-    windows: Int[Array, "*batch P 4"] | Int[np.ndarray, "*batch P 4"],
-    layout: TokenLayout,
-) -> Bool[Array, "*batch blocks blocks"]:
-    """Which blocks of keys (last axis) the windows of each block of queries reach into."""
-    blocks = patch_blocks(layout)
-    top, left, bottom, right = jnp.moveaxis(jnp.asarray(windows), -1, 0)[..., None]
-    first_row, first_col, last_row, last_col = blocks.box.T
-    reached = (top < last_row) & (first_row < bottom) & (left < last_col) & (first_col < right)
-    # Patch 0 fills up blocks; its window must not count there.
-    by_block = reached[..., blocks.patches, :] & blocks.real[..., None]
-    return by_block.any(axis=-2)
 
 
 def computed_share(
@@ -124,6 +57,7 @@ def window_attention(
     value: Float[Array, "*batch N H K"],
     windows: Int[Array, "*windows P 4"] | Int[np.ndarray, "*windows P 4"],
     layout: TokenLayout,
+    kernel: str | None = None,
 ) -> Float[Array, "*batch N H K"]:
     """Attention with `window_mask(windows)`, without the work on keys outside of all windows.
 
@@ -137,12 +71,15 @@ def window_attention(
       windows: (top, left, bottom, right) of each query patch, exclusive at the end: `[..., P, 4]`,
         or `[P, 4]` for all images. Each holds its own patch.
       layout: the grid of patches and the prefix tokens; these see and are seen by all.
+      kernel: "pallas" for the kernels of `models/pallas_windows.py` on a GPU or TPU; None for XLA,
+        which skips keys on a CPU only.
 
     Returns:
       Each head's output `[..., N, H, K]`.
 
     Raises:
-      ValueError: if there is not one window a patch, or tokens are not those of the layout.
+      ValueError: if there is not one window a patch, tokens are not those of the layout, or for an
+        unknown kernel or 64-bit inputs to it.
     """
     if query.shape[-3] != layout.num_tokens or windows.shape[-2:] != (layout.num_patches, 4):
         raise ValueError(
@@ -153,6 +90,9 @@ def window_attention(
     windows = jnp.broadcast_to(jnp.asarray(windows, jnp.int32), (*batch, layout.num_patches, 4))
     images = [a.reshape(-1, *a.shape[len(batch) :]) for a in (query, key, value, windows)]
 
+    if kernel is not None:
+        return _in_tiles(kernel, layout, *images).reshape(query.shape)
+
     def sparse(*images: Array) -> Array:
         return lax.map(lambda one: _attend(layout, *one), images)
 
@@ -162,6 +102,16 @@ def window_attention(
 
     output = lax.platform_dependent(*images, cpu=sparse, default=dense)
     return output.reshape(query.shape)
+
+
+def _in_tiles(kernel: str, layout: TokenLayout, *images: Array) -> Array:
+    from vit_interact.models import pallas_windows
+
+    if kernel != "pallas":
+        raise ValueError(f"kernel={kernel!r}: expected None or 'pallas'")
+    if any(array.dtype == jnp.float64 for array in images):
+        raise ValueError("Pallas kernels compute in float32, not in float64: kernel=None")
+    return pallas_windows.attend(layout, 0, *images)
 
 
 class _Side(NamedTuple):

@@ -1,0 +1,41 @@
+"""Made-up attention within windows, and what it must equal."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_interact.interactions.windows import window_mask
+from vit_interact.models.attend import explicit_attention
+
+H, K = 2, 6
+
+
+def inputs(layout, batch=(2,), seed=0):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    shape = (*batch, layout.num_tokens, H, K)
+    return tuple(jax.random.normal(key, shape) for key in keys)
+
+
+def boxes(layout, reach, batch=(2,), seed=0):
+    """Windows that reach 0 to `reach - 1` patches to each side of their patch."""
+    rng = np.random.default_rng(seed)
+    before, after = rng.integers(0, reach, (2, *batch, layout.num_patches, 2))
+    place = layout.positions()
+    corners = np.concatenate([place - before, place + after + 1], axis=-1)
+    return np.clip(corners, 0, [layout.rows, layout.cols] * 2).astype(np.int32)
+
+
+def close(found, expected, tolerance=1e-5):
+    expected = np.asarray(expected)
+    np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max(), rtol=0)
+
+
+def masked(q, k, v, windows, layout):
+    mask = jnp.expand_dims(window_mask(windows, layout), -3)
+    return explicit_attention(q, k, v, None, mask).output
+
+
+def both(function, g, *arrays):
+    """The output, and the derivatives along `g`."""
+    output, pull = jax.vjp(function, *arrays)
+    return output, pull(g)
