@@ -7,9 +7,9 @@ sharding. Axes: `H` heads, `M` queries, `N` tokens, `K` width of a head, `D` wid
 Rows do not depend on one another: `M` is `N` for all queries of a layer, or fewer for a block of
 them. So the functions that take whole layers also are the ones that blockwise attention calls.
 
-Heads are visited one after the other: what exists at a time is `[..., M, N]`, never
-`[..., H, M, N]` beyond the weights that came in, and never `[..., M, N, K]`. Those that visit heads
-are jitted: the layers of a model share one trace of them.
+Heads are visited one after the other, or some together where they are small: what exists at a time
+is `[..., M, N]`, never a large `[..., H, M, N]` beyond the weights that came in, and never
+`[..., M, N, K]`. Those that visit heads are jitted: the layers of a model share one trace of them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from vit_interact.interactions.by_head import (
+    EXACT,
+    add_heads,
+    cut_edges,
+    mean_over_heads,
+    sum_over_heads,
+)
 from vit_interact.interactions.views import normalise_rows, widen
-
-_EXACT = jax.lax.Precision.HIGHEST
 
 Weights = Float[Array, "*batch H M N"] | Float[np.ndarray, "*batch H M N"]
 Heads = Float[Array, "*batch N H K"] | Float[np.ndarray, "*batch N H K"]
@@ -60,7 +65,7 @@ def attention(weights: Weights) -> Float[Array, "*batch M N"]:
     Returns:
       `[..., M, N]`, a share of attention (no unit).
     """
-    return _mean_over_heads(widen(weights))
+    return mean_over_heads(widen(weights))
 
 
 def dispersion(weights: Weights) -> Float[Array, "*batch M N"]:
@@ -75,8 +80,8 @@ def dispersion(weights: Weights) -> Float[Array, "*batch M N"]:
       `[..., M, N]`, a share of attention (no unit).
     """
     weights = widen(weights)
-    mean = _mean_over_heads(weights)[..., None, :, :]
-    return _safe_sqrt(_mean_over_heads(jnp.square(weights - mean)))
+    mean = mean_over_heads(weights)[..., None, :, :]
+    return _safe_sqrt(mean_over_heads(jnp.square(weights - mean)))
 
 
 @jax.jit
@@ -96,15 +101,14 @@ def value_norm(weights: Weights, values: Heads, out_kernel: Kernel) -> Float[Arr
     """
     weights = widen(weights)
     values, kernel = _like(values, weights), _like(out_kernel, weights)
-    moved = jnp.einsum("...jhk,hkd->...jhd", values, kernel, precision=_EXACT)
-    gram = jnp.einsum("...jhd,...jgd->...hgj", moved, moved, precision=_EXACT)
+    moved = jnp.einsum("...jhk,hkd->...jhd", values, kernel, precision=EXACT)
+    gram = jnp.einsum("...jhd,...jgd->...hgj", moved, moved, precision=EXACT)
 
-    def add_head(h: Array, total: Array) -> Array:
+    def of_head(own: Array, with_others: Array) -> Array:
         # [..., G, 1, N] against [..., G, M, N]: a fused multiply-and-sum, no transposed copy.
-        with_all = _add_heads(_pick(gram, h)[..., None, :] * weights)
-        return total + _pick(weights, h) * with_all
+        return own * add_heads(with_others[..., None, :] * weights)
 
-    squared = _sum_over_heads(add_head, weights)
+    squared = sum_over_heads(of_head, weights, (gram, -3), alone=True)
     return _safe_sqrt(squared)
 
 
@@ -126,12 +130,12 @@ def gradient(weights: Weights, values: Heads, output_grad: Gradients) -> Float[A
     weights = widen(weights)
     values, output_grad = _like(values, weights), _like(output_grad, weights)
 
-    def add_head(h: Array, total: Array) -> Array:
-        v, g = _pick(values, h, -2), _pick(output_grad, h, -2)
-        slope = jnp.einsum("...ik,...jk->...ij", g, v, precision=_EXACT)
-        return total + jax.nn.relu(_pick(weights, h) * slope)
+    def of_head(weights: Array, v: Array, g: Array) -> Array:
+        slope = jnp.einsum("...ik,...jk->...ij", g, v, precision=EXACT)
+        return jax.nn.relu(weights * slope)
 
-    return _sum_over_heads(add_head, weights) / weights.shape[-3]
+    total = sum_over_heads(of_head, weights, (values, -2), (output_grad, -2))
+    return total / weights.shape[-3]
 
 
 @jax.jit
@@ -153,24 +157,25 @@ def leave_one_out(
     """
     weights = widen(weights)
     values, kernel = _centred(values, weights), _like(out_kernel, weights)
-    metric = jnp.einsum("hkd,hld->hkl", kernel, kernel, precision=_EXACT)  # M_h = W_h W_hᵀ
+    metric = jnp.einsum("hkd,hld->hkl", kernel, kernel, precision=EXACT)  # M_h = W_h W_hᵀ
 
-    def add_head(h: Array, total: Array) -> Array:
-        v, m = _pick(values, h, -2), _pick(metric, h)
-        cut = _cut_edges(_pick(weights, h), v)
+    def of_head(weights: Array, v: Array, m: Array) -> Array:
+        cut = cut_edges(weights, v)
+        rest_m = jnp.einsum("...ik,kl->...il", cut.rest_output, m, precision=EXACT)
+        value_m = jnp.einsum("...jk,kl->...jl", v, m, precision=EXACT)
+        output, change = cut.of_rows(cut.rest_output, v)
+        output_m, change_m = cut.of_rows(rest_m, value_m)
         # ‖(o_i − v_j)W‖² expanded, so that no [.., M, N, K] exists.
-        output_m = jnp.einsum("...ik,kl->...il", cut.output, m, precision=_EXACT)
-        value_m = jnp.einsum("...jk,kl->...jl", v, m, precision=_EXACT)
-        cross = jnp.einsum("...ik,...jk->...ij", output_m, v, precision=_EXACT)
-        own_output = jnp.sum(output_m * cut.output, axis=-1)[..., :, None]
+        cross = jnp.einsum("...ik,...jk->...ij", output_m, v, precision=EXACT)
+        own_output = jnp.sum(output_m * output, axis=-1)[..., :, None]
         own_value = jnp.sum(value_m * v, axis=-1)[..., None, :]
         distance = jax.nn.relu(own_output - 2 * cross + own_value)
-        dominant_m = jnp.einsum("...ik,kl->...il", cut.dominant_change, m, precision=_EXACT)
-        dominant = jax.nn.relu(jnp.sum(dominant_m * cut.dominant_change, axis=-1))
-        squared = jnp.square(cut.factor) * distance
-        return total + jnp.where(cut.dominates, dominant[..., None], squared)
+        dominant = jax.nn.relu(jnp.sum(change_m * change, axis=-1))[..., None]
+        return jnp.where(cut.dominates, dominant, jnp.square(cut.factor) * distance)
 
-    return _safe_sqrt(_sum_over_heads(add_head, weights))
+    # One by one: together they cost small batches much memory and win no time.
+    sides = (values, -2), (metric, -3)
+    return _safe_sqrt(sum_over_heads(of_head, weights, *sides, alone=True))
 
 
 @functools.partial(jax.jit, static_argnames="signed")
@@ -193,15 +198,15 @@ def edge(
     weights = widen(weights)
     values, output_grad = _centred(values, weights), _like(output_grad, weights)
 
-    def add_head(h: Array, total: Array) -> Array:
-        v, g = _pick(values, h, -2), _pick(output_grad, h, -2)
-        cut = _cut_edges(_pick(weights, h), v)
-        along = jnp.sum(g * cut.output, axis=-1)[..., :, None]
-        towards = jnp.einsum("...ik,...jk->...ij", g, v, precision=_EXACT)
-        dominant = jnp.sum(g * cut.dominant_change, axis=-1)[..., :, None]
-        return total + jnp.where(cut.dominates, dominant, cut.factor * (along - towards))
+    def of_head(weights: Array, v: Array, g: Array) -> Array:
+        cut = cut_edges(weights, v)
+        output, change = cut.of_rows(cut.rest_output, v)
+        along = jnp.sum(g * output, axis=-1)[..., :, None]
+        towards = jnp.einsum("...ik,...jk->...ij", g, v, precision=EXACT)
+        dominant = jnp.sum(g * change, axis=-1)[..., :, None]
+        return jnp.where(cut.dominates, dominant, cut.factor * (along - towards))
 
-    total = _sum_over_heads(add_head, weights)
+    total = sum_over_heads(of_head, weights, (values, -2), (output_grad, -2))
     return total if signed else jnp.abs(total)
 
 
@@ -233,7 +238,7 @@ def roll(indicator: Float[Array, "L *batch N N"]) -> Float[Array, "L *batch N N"
     mixed = normalise_rows(0.5 * indicator + 0.5 * identity)
 
     def step(so_far: Array, layer: Array) -> tuple[Array, Array]:
-        so_far = jnp.matmul(layer, so_far, precision=_EXACT)
+        so_far = jnp.matmul(layer, so_far, precision=EXACT)
         return so_far, so_far
 
     _, rolled = jax.lax.scan(step, mixed[0], mixed[1:])
@@ -301,85 +306,10 @@ def compute(name: str, captures: Captures) -> Float[Array, "L B N N"]:
     return jax.lax.map(lambda layer: INDICATORS[name](*layer), tuple(arguments))
 
 
-class _Cut(NamedTuple):
-    """What cutting each edge of one head does to the head's output `o_i`.
-
-    Cutting `j` changes `o_i` by `factor_ij (o_i − v_j)`, except where `dominates`: there it is
-    `dominant_change_i`.
-    """
-
-    output: Array  # [..., M, K]
-    factor: Array  # [..., M, N], A/(1−A), 0 where the key dominates
-    dominates: Array  # bool [..., M, N]
-    dominant_change: Array  # [..., M, K]
-
-
-def _cut_edges(weights: Array, values: Array) -> _Cut:
-    """Closed form of cutting an edge, without cancellation at weights close to 1.
-
-    With `A → 1`, `A/(1−A) · (o − v)` is a huge number times a difference that rounding ate. At most
-    one key of a row has `A > ½`; for it `o' − o = A (o_rest − v)`, where `o_rest` is the output of
-    the other keys alone.
-    """
-    dominates = weights > 0.5
-    rest = jnp.where(dominates, 0, weights)
-    largest = jnp.sum(jnp.where(dominates, weights, 0), axis=-1, keepdims=True)
-    rest_sum = jnp.sum(rest, axis=-1, keepdims=True)
-    rest_output = jnp.einsum("...ij,...jk->...ik", rest, values, precision=_EXACT)
-    # As a sum, the number of the one key that dominates shares the pass over the row.
-    keys = jnp.arange(weights.shape[-1], dtype=jnp.int32)
-    which = jnp.sum(jnp.where(dominates, keys, 0), axis=-1)[..., None]
-    picked = jnp.take_along_axis(values, which, axis=-2, mode="promise_in_bounds")
-    largest_value = jnp.where(largest > 0, picked, 0)
-    others = rest_sum > 0
-    alone = jnp.where(others, _divide(rest_output, jnp.where(others, rest_sum, 1)), largest_value)
-    return _Cut(
-        output=rest_output + largest * largest_value,
-        factor=rest / (1 - rest),
-        dominates=dominates,
-        dominant_change=largest * (alone - largest_value),
-    )
-
-
-@jax.custom_jvp
-def _divide(numerator: Array, denominator: Array) -> Array:
-    """A quotient whose derivative survives a tiny denominator, which jax's own would square."""
-    return numerator / denominator
-
-
-@_divide.defjvp
-def _divide_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    (numerator, denominator), (by_numerator, by_denominator) = primals, tangents
-    quotient = _divide(numerator, denominator)
-    return quotient, (by_numerator - quotient * by_denominator) / denominator
-
-
 def _centred(values: Heads, weights: Array) -> Array:
     """Values minus their mean over tokens: differences stay, the expansion's big terms shrink."""
     values = _like(values, weights)
     return values - jnp.mean(values, axis=-3, keepdims=True)
-
-
-def _add_heads(per_head: Array) -> Array:
-    # One head after the other, not `jnp.sum`: XLA's CPU kernel for a reduction of an axis this far
-    # out is slower than the softmax (measured: 10 ms against 0.6 ms of a layer at 1,370 tokens).
-    return functools.reduce(jnp.add, jnp.moveaxis(per_head, -3, 0))
-
-
-def _mean_over_heads(per_head: Array) -> Array:
-    return _add_heads(per_head) / per_head.shape[-3]
-
-
-def _sum_over_heads(add_head: Callable[[Array, Array], Array], weights: Array) -> Array:
-    # Zeros that depend on the weights: constant zeros would be one buffer that XLA copies for every
-    # layer of a model ahead of time (measured: +70 % temporary memory at 12 layers), and would not
-    # vary over a mesh as the loop's result does under shard_map.
-    zeros = jax.lax.stop_gradient(jnp.minimum(weights[..., 0, :, :], 0))
-    return jax.lax.fori_loop(0, weights.shape[-3], add_head, zeros)
-
-
-def _pick(array: Array, head: Array, axis: int = -3) -> Array:
-    return jax.lax.dynamic_index_in_dim(array, head, axis % array.ndim, keepdims=False)
 
 
 def _like(array: Array | np.ndarray, weights: Array) -> Array:

@@ -110,7 +110,7 @@ def _attend(
 
 
 class _Rows(NamedTuple):
-    """As `_Cut` of interactions/indicators.py: outputs, and changes where a key dominates."""
+    """As `Cut` of interactions/by_head.py: outputs, and changes where a key dominates."""
 
     output: Array  # [B, H, M, K]
     dominant_change: Array  # [B, H, M, K]
