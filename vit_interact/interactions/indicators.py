@@ -173,9 +173,7 @@ def leave_one_out(
         dominant = jax.nn.relu(jnp.sum(change_m * change, axis=-1))[..., None]
         return jnp.where(cut.dominates, dominant, jnp.square(cut.factor) * distance)
 
-    # One by one: together they cost small batches much memory and win no time.
-    sides = (values, -2), (metric, -3)
-    return _safe_sqrt(sum_over_heads(of_head, weights, *sides, alone=True))
+    return _safe_sqrt(sum_over_heads(of_head, weights, (values, -2), (metric, -3)))
 
 
 @functools.partial(jax.jit, static_argnames="signed")
