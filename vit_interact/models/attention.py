@@ -38,6 +38,7 @@ from vit_interact.models.attend import (
     plain_attention,
 )
 from vit_interact.models.bias import SeparableBias
+from vit_interact.models.dense import flat_dot_general
 
 KINDS = ("weights", "logits", "values", "output", "query", "key")
 SINKS = "sinks"
@@ -165,8 +166,10 @@ class MultiHeadDotProductAttention(nn.Module):
         width = inputs_q.shape[-1]
         head_dim = width // self.heads
 
+        dense = functools.partial(nn.DenseGeneral, dtype=self.dtype, dot_general=flat_dot_general)
+
         def project(name: str, inputs: Array) -> Array:
-            return nn.DenseGeneral((self.heads, head_dim), dtype=self.dtype, name=name)(inputs)
+            return dense((self.heads, head_dim), name=name)(inputs)
 
         query, key = project("query", inputs_q), project("key", inputs_kv)
         value = project("value", inputs_kv)
@@ -177,7 +180,7 @@ class MultiHeadDotProductAttention(nn.Module):
             query, key = norm(name="query_norm")(query), norm(name="key_norm")(key)
         query = query * (head_dim**-0.5)
         mask = _with_heads(mask)
-        project_out = nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="out")
+        project_out = dense(width, axis=(-2, -1), name="out")
 
         taps = self.taps
         if not taps or self.is_initializing():

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vit_interact.models.attention import SINKS, MultiHeadDotProductAttention, Taps
 from vit_interact.models.bias import SeparableBias
 from vit_interact.models.config import ViTConfig
+from vit_interact.models.dense import flat_dot_general
 from vit_interact.models.winft import GivenWindows, WindowHead
 
 Images = Float[Array, "B h w 3"] | Float[np.ndarray, "B h w 3"]
@@ -42,6 +43,10 @@ def _layer_norm(config: ViTConfig, name: str | None = None) -> nn.LayerNorm:
     )
 
 
+def _dense(config: ViTConfig, width: int, name: str) -> nn.Dense:
+    return nn.Dense(width, dtype=config.dtype, dot_general=flat_dot_general, name=name)
+
+
 class MlpBlock(nn.Module):
     """Two dense layers with GELU, or SwiGLU when the config says so."""
 
@@ -52,14 +57,14 @@ class MlpBlock(nn.Module):
         """Applies the MLP to every token."""
         config, width = self.config, x.shape[-1]
         hidden = config.mlp_dim * (2 if config.swiglu else 1)
-        x = nn.Dense(hidden, dtype=config.dtype, name="Dense_0")(x)
+        x = _dense(config, hidden, "Dense_0")(x)
         if config.swiglu:
             gate, x = jnp.split(x, 2, axis=-1)
             x = nn.silu(gate) * x
         else:
             x = _ACTIVATIONS[config.activation](x)
         x = nn.Dropout(config.dropout)(x, deterministic=not train)
-        return nn.Dense(width, dtype=config.dtype, name="Dense_1")(x)
+        return _dense(config, width, "Dense_1")(x)
 
 
 class Block(nn.Module):
