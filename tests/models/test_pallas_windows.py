@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.models.windowed import both, boxes, close, inputs, masked
+from tests.models.windowed import both, boxes, close, equals_a_mask, inputs, masked
 from vit_interact.layout import TokenLayout
 from vit_interact.models import pallas_windows
 from vit_interact.models.patch_blocks import needed_blocks, patch_blocks
@@ -24,17 +24,10 @@ from vit_interact.observe.ablation import enable_x64
     ],
 )
 def test_equals_a_mask_with_its_derivatives(layout, reach):
-    q, k, v, g = inputs(layout)
     windows = boxes(layout, reach)
     windows[0, 2] = 0  # nobody's window, but it must give zeros as a mask does
-
-    tiled = lambda *a: pallas_windows.attend(layout, 16, *a, jnp.asarray(windows))  # noqa: E731
-    dense = lambda *a: masked(*a, windows, layout)  # noqa: E731
-    found, of_found = jax.jit(lambda *a: both(tiled, g, *a))(q, k, v)
-    expected, of_expected = jax.jit(lambda *a: both(dense, g, *a))(q, k, v)
-    close(found, expected)
-    for a, b in zip(of_found, of_expected, strict=True):
-        close(a, b)
+    attend = lambda *a: pallas_windows.attend(layout, 16, *a, jnp.asarray(windows))  # noqa: E731
+    equals_a_mask(attend, layout, windows)
 
 
 def test_blocks_that_no_window_reaches_are_not_read():

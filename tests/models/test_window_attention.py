@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.models.windowed import both, boxes, close, inputs, masked
+from tests.models.windowed import boxes, close, equals_a_mask, inputs, masked
 from vit_interact.layout import TokenLayout
 from vit_interact.models.patch_blocks import hilbert, needed_blocks, patch_blocks
 from vit_interact.models.window_attention import computed_share, window_attention
@@ -22,16 +22,8 @@ from vit_interact.models.window_attention import computed_share, window_attentio
     ],
 )
 def test_equals_a_mask_with_its_derivatives(layout, reach):
-    q, k, v, g = inputs(layout)
     windows = boxes(layout, reach)
-
-    sparse = lambda q, k, v: window_attention(q, k, v, windows, layout)  # noqa: E731
-    dense = lambda q, k, v: masked(q, k, v, windows, layout)  # noqa: E731
-    found, of_found = jax.jit(lambda *a: both(sparse, g, *a))(q, k, v)
-    expected, of_expected = jax.jit(lambda *a: both(dense, g, *a))(q, k, v)
-    close(found, expected)
-    for a, b in zip(of_found, of_expected, strict=True):
-        close(a, b)
+    equals_a_mask(lambda *a: window_attention(*a, windows, layout), layout, windows)
 
 
 def test_leading_axes_one_set_of_windows_and_vmap():

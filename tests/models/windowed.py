@@ -39,3 +39,14 @@ def both(function, g, *arrays):
     """The output, and the derivatives along `g`."""
     output, pull = jax.vjp(function, *arrays)
     return output, pull(g)
+
+
+def equals_a_mask(attend, layout, windows):
+    """Asserts that `attend(q, k, v)` is attention with a mask, and so are its derivatives."""
+    q, k, v, g = inputs(layout)
+    found, of_found = jax.jit(lambda *a: both(attend, g, *a))(q, k, v)
+    dense = lambda *a: masked(*a, windows, layout)  # noqa: E731
+    expected, of_expected = jax.jit(lambda *a: both(dense, g, *a))(q, k, v)
+    close(found, expected)
+    for a, b in zip(of_found, of_expected, strict=True):
+        close(a, b)

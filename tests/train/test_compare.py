@@ -10,8 +10,18 @@ from pathlib import Path
 import pytest
 
 from tests.train import tiny
+from vit_interact.train.config import as_json, differences
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_arms_of_the_study_change_one_thing_each():
+    from configs import winft_study
+
+    plain = as_json(winft_study.get_config("winft"))
+    for arm in set(winft_study.ARMS) - {"vit", "winft"}:
+        (line,) = differences(plain, as_json(winft_study.get_config(arm)))
+        assert line.startswith("config.winft."), arm
 
 
 @pytest.mark.slow

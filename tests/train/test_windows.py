@@ -374,15 +374,6 @@ def test_arms_differ_in_their_windows_only(arm):
     assert all(line.startswith("config.winft.") for line in told)
 
 
-def test_arms_of_the_study_change_one_thing_each():
-    from configs import winft_study
-
-    plain = as_json(winft_study.get_config("winft"))
-    for arm in set(winft_study.ARMS) - {"vit", "winft"}:
-        (line,) = differences(plain, as_json(winft_study.get_config(arm)))
-        assert line.startswith("config.winft."), arm
-
-
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_exactly(tmp_path):
     settings = {"winft__indicator": "attention", "winft__sharpness": (1.0, 0.5), "steps": 4}

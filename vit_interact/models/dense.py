@@ -16,9 +16,8 @@ def flat_dot_general(
     """`lax.dot_general` of tokens and a kernel as a product of two matrices, on a CPU.
 
     With tokens in several axes, the kernel's derivative takes XLA's CPU 2.5 times as long as with
-    them in one (128 images of 64 tokens, width 128 to 512: 21 against 8 ms on one core), forward
-    there is no difference. Other compilers make two matrices of it themselves. For `dot_general` of
-    `nn.Dense` and `nn.DenseGeneral`.
+    them in one (docs/benchmarks.md); forward there is no difference. Other compilers make two
+    matrices of it themselves. For `dot_general` of `nn.Dense` and `nn.DenseGeneral`.
     """
     (left, right), batch = dimension_numbers
     kept = lhs.ndim - len(left)

@@ -212,34 +212,31 @@ class _Specs(NamedTuple):
             more = {"memory_space": tpu.SMEM}
         return pl.BlockSpec((None, *array.shape[1:]), lambda b, h, i: (b, 0, 0), **more)
 
+    def of_queries(self, plan: _Plan) -> tuple[list[pl.BlockSpec], list[Array]]:
+        """What a program for a block of queries sees of a plan, and the arrays."""
+        needed, places = plan.keys_needed[:, None], plan.places.T
+        windows = pl.BlockSpec((None, self.size, 4), lambda b, h, i: (b, i, 0))
+        everywhere = pl.BlockSpec(places.shape, lambda b, h, i: (0, 0))
+        specs = [self.scalars(plan.keys), self.scalars(needed), windows, everywhere]
+        return specs, [plan.keys, needed, plan.windows, places]
+
 
 def _forward(
     size: int, platform: str, plan: _Plan, q: Array, k: Array, v: Array
 ) -> tuple[Array, Array]:
     """The output `[B, H, M, K']` and its `LOG` `[B, H, M, 1]`, float32."""
     specs, (*lead, tokens, width) = _Specs(size, platform), q.shape
-    needed, windows, places = plan.keys_needed[:, None], plan.windows, plan.places.T
+    plan_specs, plan_arrays = specs.of_queries(plan)
     return call(
         functools.partial(_forward_kernel, size),
         platform,
         "vit_interact_windows",
         _WARPS,
         grid=(*lead, tokens // size),
-        in_specs=[
-            specs.scalars(plan.keys), specs.scalars(needed), _windows_of(size), _whole(places),
-            specs.own(width), specs.all(k), specs.all(v),
-        ],
+        in_specs=[*plan_specs, specs.own(width), specs.all(k), specs.all(v)],
         out_specs=[specs.own(width), specs.own(1)],
         out_shape=[jax.ShapeDtypeStruct((*lead, tokens, c), jnp.float32) for c in (width, 1)],
-    )(plan.keys, needed, windows, places, q, k, v)  # fmt: skip
-
-
-def _windows_of(size: int) -> pl.BlockSpec:
-    return pl.BlockSpec((None, size, 4), lambda b, h, i: (b, i, 0))
-
-
-def _whole(array: Array) -> pl.BlockSpec:
-    return pl.BlockSpec(array.shape, lambda b, h, i: (0,) * array.ndim)
+    )(*plan_arrays, q, k, v)
 
 
 def _forward_kernel(
@@ -274,7 +271,7 @@ def _by_queries(
     size: int, platform: str, plan: _Plan, q: Array, k: Array, v: Array, g: Array, rows: Array
 ) -> Array:
     specs, (*lead, tokens, width) = _Specs(size, platform), q.shape
-    needed, places = plan.keys_needed[:, None], plan.places.T
+    plan_specs, plan_arrays = specs.of_queries(plan)
     return call(
         functools.partial(_queries_kernel, size),
         platform,
@@ -282,12 +279,12 @@ def _by_queries(
         _WARPS,
         grid=(*lead, tokens // size),
         in_specs=[
-            specs.scalars(plan.keys), specs.scalars(needed), _windows_of(size), _whole(places),
-            specs.own(width), specs.own(width), specs.own(2), specs.all(k), specs.all(v),
+            *plan_specs, specs.own(width), specs.own(width), specs.own(2), specs.all(k),
+            specs.all(v),
         ],
         out_specs=specs.own(width),
         out_shape=jax.ShapeDtypeStruct(q.shape, jnp.float32),
-    )(plan.keys, needed, plan.windows, places, q, g, rows, k, v)  # fmt: skip
+    )(*plan_arrays, q, g, rows, k, v)  # fmt: skip
 
 
 def _queries_kernel(
