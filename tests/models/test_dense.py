@@ -1,45 +1,57 @@
-"""The product of dense layers is `lax.dot_general`'s, in value, derivative and shape."""
+"""Dense layers are Flax's, in parameters, value, derivative and shape, flat on a CPU or not."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 
-from vit_interact.models.dense import flat_dot_general
+from vit_interact.models import dense as module
+from vit_interact.models.dense import Dense
 
 
+@pytest.mark.parametrize("flat", [True, False], ids=["flat", "as given"])
+@pytest.mark.parametrize("many", [1, 4096], ids=["many tokens", "few tokens"])
 @pytest.mark.parametrize(
-    ("lhs", "rhs", "numbers"),
+    ("shape", "features", "axes"),
     [
-        ((2, 3, 4), (4, 5), (((2,), (0,)), ((), ()))),  # Dense
-        ((2, 3, 4), (4, 2, 3), (((2,), (0,)), ((), ()))),  # to heads
-        ((2, 3, 2, 3), (2, 3, 5), (((2, 3), (0, 1)), ((), ()))),  # from heads
-        ((4,), (4, 5), (((0,), (0,)), ((), ()))),  # one token
-        ((4, 3), (4, 5), (((0,), (0,)), ((), ()))),  # not the last axis: as it is
-        ((2, 3, 4), (2, 4, 5), (((2,), (1,)), ((0,), (0,)))),  # batched: as it is
+        pytest.param((2, 3, 4), 5, 1, id="wider"),
+        pytest.param((2, 3, 4), 2, 1, id="narrower"),
+        pytest.param((2, 3, 4), (2, 3), 1, id="to heads"),
+        pytest.param((2, 3, 2, 3), 5, 2, id="from heads"),
+        pytest.param((4,), 5, 1, id="one token"),
     ],
 )
-def test_equals_dot_general(lhs, rhs, numbers):
-    rng = np.random.default_rng(0)
-    a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in (lhs, rhs))
+def test_equals_flax(monkeypatch, shape, features, axes, flat, many):
+    monkeypatch.setattr(module, "_flat", lambda: flat)
+    monkeypatch.setattr(module, "_MANY", many)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    theirs = nn.DenseGeneral(features, axis=tuple(range(-axes, 0)))
+    ours = Dense(features, axes)
 
-    def both(product):
-        def loss(a, b):
-            found = product(a, b, numbers, precision=lax.Precision.HIGHEST)
-            return jnp.sum(jnp.sin(found)), found
+    def run(layer):
+        params = layer.init(jax.random.key(3), x)
+        loss = lambda params, x: jnp.sum(jnp.sin(layer.apply(params, x)))  # noqa: E731
+        return params, layer.apply(params, x), jax.grad(loss, argnums=(0, 1))(params, x)
 
-        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(a, b)
-
-    expected, found = both(lax.dot_general), both(flat_dot_general)
-    assert found[0][1].shape == expected[0][1].shape
+    expected, found = run(theirs), run(ours)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert one.shape == other.shape
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_tokens_of_all_images_are_one_axis():
-    a, b = jnp.ones((2, 3, 4)), jnp.ones((4, 5))
-    numbers = (((2,), (0,)), ((), ()))
-    jaxpr = jax.make_jaxpr(lambda a, b: flat_dot_general(a, b, numbers))(a, b)
+def test_without_bias_and_in_bfloat16():
+    layer = Dense(5, use_bias=False, dtype=jnp.bfloat16)
+    params = layer.init(jax.random.key(0), jnp.ones((2, 3, 4)))
+    assert list(params["params"]) == ["kernel"]
+    assert layer.apply(params, jnp.ones((2, 3, 4))).dtype == jnp.bfloat16
+
+
+def test_on_a_cpu_tokens_are_one_axis_and_heads_another(monkeypatch):
+    monkeypatch.setattr(module, "_flat", lambda: True)
+    layer = Dense((2, 3))
+    params = layer.init(jax.random.key(0), jnp.ones((2, 3, 4)))
+    jaxpr = jax.make_jaxpr(layer.apply)(params, jnp.ones((2, 3, 4)))
     (product,) = (e for e in jaxpr.eqns if e.primitive.name == "dot_general")
-    assert [v.aval.shape for v in product.invars] == [(6, 4), (4, 5)]
+    assert [v.aval.shape for v in product.invars] == [(6, 4), (4, 6)]

@@ -8,12 +8,14 @@ import typer
 
 from vit_interact.cli import analyze, models, report, statistics, verify
 from vit_interact.cli.shell import app
+from vit_interact.heap import keep_freed_memory
 
 __all__ = ["analyze", "app", "main", "models", "report", "statistics", "verify"]
 
 
 def main() -> None:
     """Entry point of `vit-interact`."""
+    keep_freed_memory()
     app()
 
 

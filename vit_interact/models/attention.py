@@ -38,7 +38,7 @@ from vit_interact.models.attend import (
     plain_attention,
 )
 from vit_interact.models.bias import SeparableBias
-from vit_interact.models.dense import flat_dot_general
+from vit_interact.models.dense import Dense
 
 KINDS = ("weights", "logits", "values", "output", "query", "key")
 SINKS = "sinks"
@@ -166,10 +166,8 @@ class MultiHeadDotProductAttention(nn.Module):
         width = inputs_q.shape[-1]
         head_dim = width // self.heads
 
-        dense = functools.partial(nn.DenseGeneral, dtype=self.dtype, dot_general=flat_dot_general)
-
         def project(name: str, inputs: Array) -> Array:
-            return dense((self.heads, head_dim), name=name)(inputs)
+            return Dense((self.heads, head_dim), dtype=self.dtype, name=name)(inputs)
 
         query, key = project("query", inputs_q), project("key", inputs_kv)
         value = project("value", inputs_kv)
@@ -180,7 +178,7 @@ class MultiHeadDotProductAttention(nn.Module):
             query, key = norm(name="query_norm")(query), norm(name="key_norm")(key)
         query = query * (head_dim**-0.5)
         mask = _with_heads(mask)
-        project_out = dense(width, axis=(-2, -1), name="out")
+        project_out = Dense(width, axes=2, dtype=self.dtype, name="out")
 
         taps = self.taps
         if not taps or self.is_initializing():

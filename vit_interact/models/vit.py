@@ -16,12 +16,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from vit_interact.models.attention import SINKS, MultiHeadDotProductAttention, Taps
 from vit_interact.models.bias import SeparableBias
 from vit_interact.models.config import ViTConfig
-from vit_interact.models.dense import flat_dot_general
+from vit_interact.models.dense import Dense
 from vit_interact.models.winft import GivenWindows, WindowHead
 
 Images = Float[Array, "B h w 3"] | Float[np.ndarray, "B h w 3"]
@@ -30,7 +31,8 @@ LayerMask = Bool[Array, "..."] | Bool[np.ndarray, "..."] | Sequence[Any] | None
 LayerBias = SeparableBias | Sequence[SeparableBias | None] | None
 
 _ACTIVATIONS = {
-    "gelu": lambda x: nn.gelu(x, approximate=False),
+    # jax's own exact GELU takes erfc, which costs a CPU twice as much (docs/benchmarks.md).
+    "gelu": lambda x: x * (0.5 + 0.5 * lax.erf(x * 0.5**0.5)),
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
     "gelu_quick": lambda x: x * nn.sigmoid(1.702 * x),
 }
@@ -43,10 +45,6 @@ def _layer_norm(config: ViTConfig, name: str | None = None) -> nn.LayerNorm:
     )
 
 
-def _dense(config: ViTConfig, width: int, name: str) -> nn.Dense:
-    return nn.Dense(width, dtype=config.dtype, dot_general=flat_dot_general, name=name)
-
-
 class MlpBlock(nn.Module):
     """Two dense layers with GELU, or SwiGLU when the config says so."""
 
@@ -57,14 +55,14 @@ class MlpBlock(nn.Module):
         """Applies the MLP to every token."""
         config, width = self.config, x.shape[-1]
         hidden = config.mlp_dim * (2 if config.swiglu else 1)
-        x = _dense(config, hidden, "Dense_0")(x)
+        x = Dense(hidden, dtype=config.dtype, name="Dense_0")(x)
         if config.swiglu:
             gate, x = jnp.split(x, 2, axis=-1)
             x = nn.silu(gate) * x
         else:
             x = _ACTIVATIONS[config.activation](x)
         x = nn.Dropout(config.dropout)(x, deterministic=not train)
-        return _dense(config, width, "Dense_1")(x)
+        return Dense(width, dtype=config.dtype, name="Dense_1")(x)
 
 
 class Block(nn.Module):
@@ -277,9 +275,9 @@ class ViT(nn.Module):
         if not config.norm_before_pool:
             self.pool_norm = _layer_norm(config)
         if config.num_classes:
-            self.head = nn.Dense(config.num_classes, use_bias=config.head_bias, dtype=config.dtype)
+            self.head = Dense(config.num_classes, use_bias=config.head_bias, dtype=config.dtype)
             if config.distilled:
-                self.head_dist = nn.Dense(config.num_classes, dtype=config.dtype)
+                self.head_dist = Dense(config.num_classes, dtype=config.dtype)
 
     def __call__(
         self,

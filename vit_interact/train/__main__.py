@@ -19,6 +19,7 @@ from typing import NoReturn
 from absl import app, flags
 from ml_collections import config_flags
 
+from vit_interact.heap import keep_freed_memory
 from vit_interact.train import config as defaults
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -87,6 +88,7 @@ def _fail(message: object) -> NoReturn:
 
 def main() -> None:
     """Runs the command line."""
+    keep_freed_memory()
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(_main, flags_parser=_parse)
 

@@ -1,0 +1,47 @@
+"""Freed memory stays with a process that asked for it."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from vit_interact import heap
+
+# Page faults of a second call whose temporary memory is far above glibc's own threshold.
+SCRIPT = """
+import resource, sys
+from vit_interact.heap import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+import jax, jax.numpy as jnp
+@jax.jit
+def f(x):
+    y = jnp.sort(x * 2)
+    return jnp.sort(y[::-1] + x).sum()
+x = jnp.zeros(2**24)
+program = f.lower(x).compile()
+assert program.memory_analysis().temp_size_in_bytes > 2**26
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    before = faults()
+    jax.block_until_ready(program(x))
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
+def test_temporary_memory_is_filled_once():
+    faults = {
+        how: int(subprocess.check_output([sys.executable, "-c", SCRIPT, how], text=True))
+        for how in ("keep", "default")
+    }
+    assert faults["keep"] < 0.1 * faults["default"]
+
+
+def test_other_systems_are_left_alone(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert not heap.keep_freed_memory()
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: object())
+    assert not heap.keep_freed_memory()
