@@ -27,6 +27,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from vit_interact.heap import keep_freed_memory
+
 Row = dict[str, Any]
 
 
@@ -199,6 +201,7 @@ class Report:
     rows: list[Row] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
+        keep_freed_memory()  # as our commands do; for peers, too
         self.setting = setting(*self.packages)
 
     def add(self, **row: Any) -> None:

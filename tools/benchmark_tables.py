@@ -38,7 +38,7 @@ COMMANDS: dict[str, list[str]] = {
     "scaling": ["scaling"],
     "scaling_vit_b16": ["scaling", "--volume-of", "vit_b16", "--batch", "64"],
     "training": ["training"],
-    "dense": ["dense"],
+    "cpu": ["cpu"],
     "data_path": ["data_path"],
     "viewer": ["viewer"],
     "start": ["start"],

@@ -75,6 +75,13 @@ def test_indicators_are_those_of_pytorch(run, shallow):
     assert all("peak_mib" in row or row["what"] == "forward, eager" for row in rows)
 
 
+@pytest.mark.slow
+def test_cpu(run, shallow):
+    rows = run("cpu", "--batch", "2", "--repeats", "1")
+    assert len({row["what"] for row in rows}) == 7 and len(rows) == 14
+    positive(rows, "ms", "cpu_ms", "ratio", "cpu_ratio")
+
+
 def test_fields(run):
     rows = run("fields", "--sides", "4,6", "--repeats", "1", "--maps", "2")
     assert [row["patches"] for row in rows] == [16, 36]

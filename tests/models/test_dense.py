@@ -23,7 +23,7 @@ from vit_interact.models.dense import Dense
     ],
 )
 def test_equals_flax(monkeypatch, shape, features, axes, flat, many):
-    monkeypatch.setattr(module, "_flat", lambda: flat)
+    monkeypatch.setattr(module, "on_cpu", lambda: flat)
     monkeypatch.setattr(module, "_MANY", many)
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     theirs = nn.DenseGeneral(features, axis=tuple(range(-axes, 0)))
@@ -49,7 +49,7 @@ def test_without_bias_and_in_bfloat16():
 
 
 def test_on_a_cpu_tokens_are_one_axis_and_heads_another(monkeypatch):
-    monkeypatch.setattr(module, "_flat", lambda: True)
+    monkeypatch.setattr(module, "on_cpu", lambda: True)
     layer = Dense((2, 3))
     params = layer.init(jax.random.key(0), jnp.ones((2, 3, 4)))
     jaxpr = jax.make_jaxpr(layer.apply)(params, jnp.ones((2, 3, 4)))

@@ -6,11 +6,12 @@ import math
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 from jaxtyping import Array, Float
+
+from vit_interact.models.cpu import on_cpu
 
 _MANY = 4096  # tokens
 
@@ -26,7 +27,7 @@ def dense(
     compilers make two matrices of it themselves.
     """
     kept, outputs = x.shape[: x.ndim - axes], kernel.shape[axes:]
-    if not _flat():
+    if not on_cpu():
         last, first = tuple(range(len(kept), x.ndim)), tuple(range(axes))
         product = lax.dot_general(x, kernel, ((last, first), ((), ())))
         return product if bias is None else product + bias
@@ -39,10 +40,6 @@ def dense(
     product = x @ kernel
     product = product if bias is None else product + bias.reshape(-1)
     return product.reshape(*kept, *outputs)
-
-
-def _flat() -> bool:
-    return jax.default_backend() == "cpu"
 
 
 class Dense(nn.Module):

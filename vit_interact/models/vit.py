@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vit_interact.models.attention import SINKS, MultiHeadDotProductAttention, Taps
 from vit_interact.models.bias import SeparableBias
 from vit_interact.models.config import ViTConfig
+from vit_interact.models.cpu import computed_once
 from vit_interact.models.dense import Dense
 from vit_interact.models.winft import GivenWindows, WindowHead
 
@@ -106,7 +107,7 @@ class Block(nn.Module):
                 keep = 1.0 - jnp.asarray(drop_path, update.dtype)
                 kept = jax.random.bernoulli(self.make_rng("dropout"), keep, (x.shape[0], 1, 1))
                 update = jnp.where(kept, update / keep, 0)
-            return x + update
+            return computed_once(x + update)
 
         attention = MultiHeadDotProductAttention(
             config.heads,
