@@ -171,6 +171,8 @@ def _run(arguments: Any, arm: str, seed: int, cores: queue.Queue[set[int]]) -> s
                 "--data", f"{arguments.data}/train", "--limit", "1000",
                 "--indicators", "leave_one_out", "--out", str(store),
             ]  # fmt: skip
+            if store.exists():
+                survey.append("--resume")
             if error := _call(survey, folder, mine):
                 return error
         command = ["-m", "vit_interact.train", f"--config={arguments.config}:{arm}"]

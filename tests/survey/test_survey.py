@@ -167,6 +167,8 @@ def test_a_killed_survey_goes_on_exactly(tmp_path, checkpoint, examples):
     again = survey(checkpoint, examples, out, resume=True)
     assert again.done == 8
     assert_same(load_survey_of(again), whole, exactly=True)
+    finished = survey(checkpoint, examples, out, resume=True)
+    assert_same(load_survey_of(finished), whole, exactly=True)
     with pytest.raises(ValueError, match="not the first ones here"):
         survey(checkpoint, examples[::-1], out, resume=True)
     with pytest.raises(ValueError, match="with the same --data and --skip"):

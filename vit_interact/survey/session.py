@@ -127,7 +127,8 @@ class Survey:
         advance(self.done)
         saved, behind = time.monotonic(), None
         own, real = _shares(left, self.batch_size)
-        for number, batch in read_batches(own, self.checkpoint.preprocess, len(real[0])):
+        size = self.batch_size // jax.process_count()
+        for number, batch in read_batches(own, self.checkpoint.preprocess, size):
             pictures = jax.make_array_from_process_local_data(split, batch.pictures)
             counted = jax.make_array_from_process_local_data(split, real[number])
             statistics, token = _step(statistics, params, pictures, counted, **fixed)
