@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+import numpy as np
+from jaxtyping import Array, Float
 
 EXACT = jax.lax.Precision.HIGHEST
 
@@ -89,6 +91,23 @@ def add_heads(per_head: Array) -> Array:
 def mean_over_heads(per_head: Array) -> Array:
     """Mean over heads of `[..., H, M, N]`."""
     return add_heads(per_head) / per_head.shape[-3]
+
+
+def is_single(batch: tuple[int, ...]) -> bool:
+    """Whether leading axes are there, and hold one element.
+
+    XLA's CPU takes ten times as long for sums of products with an axis of one image as without.
+    """
+    return bool(batch) and math.prod(batch) == 1
+
+
+def of_one(
+    function: Callable[..., Array], *arrays: Array | np.ndarray
+) -> Float[Array, "*batch M N"]:
+    """A map of arrays with three axes each after those of a batch of one: made without these."""
+    batch = arrays[0].shape[:-3]
+    found = function(*(jnp.reshape(array, array.shape[-3:]) for array in arrays))
+    return found.reshape(*batch, *found.shape)
 
 
 def sum_over_heads(

@@ -27,7 +27,9 @@ from vit_interact.interactions.by_head import (
     EXACT,
     add_heads,
     cut_edges,
+    is_single,
     mean_over_heads,
+    of_one,
     sum_over_heads,
 )
 from vit_interact.interactions.views import normalise_rows, widen
@@ -99,6 +101,8 @@ def value_norm(weights: Weights, values: Heads, out_kernel: Kernel) -> Float[Arr
     Returns:
       `[..., M, N]`, in units of the residual stream.
     """
+    if is_single(weights.shape[:-3]):
+        return of_one(value_norm, weights, values, out_kernel)
     weights = widen(weights)
     values, kernel = _like(values, weights), _like(out_kernel, weights)
     moved = jnp.einsum("...jhk,hkd->...jhd", values, kernel, precision=EXACT)
@@ -127,6 +131,8 @@ def gradient(weights: Weights, values: Heads, output_grad: Gradients) -> Float[A
     Returns:
       `[..., M, N]`, in units of the score.
     """
+    if is_single(weights.shape[:-3]):
+        return of_one(gradient, weights, values, output_grad)
     weights = widen(weights)
     values, output_grad = _like(values, weights), _like(output_grad, weights)
 
@@ -155,6 +161,8 @@ def leave_one_out(
     Returns:
       `[..., M, N]`, in units of the residual stream. 0 where `i` attends to nothing else.
     """
+    if is_single(weights.shape[:-3]):
+        return of_one(leave_one_out, weights, values, out_kernel)
     weights = widen(weights)
     values, kernel = _centred(values, weights), _like(out_kernel, weights)
     metric = jnp.einsum("hkd,hld->hkl", kernel, kernel, precision=EXACT)  # M_h = W_h W_hᵀ
@@ -165,11 +173,13 @@ def leave_one_out(
         value_m = jnp.einsum("...jk,kl->...jl", v, m, precision=EXACT)
         output, change = cut.of_rows(cut.rest_output, v)
         output_m, change_m = cut.of_rows(rest_m, value_m)
-        # ‖(o_i − v_j)W‖² expanded, so that no [.., M, N, K] exists.
-        cross = jnp.einsum("...ik,...jk->...ij", output_m, v, precision=EXACT)
-        own_output = jnp.sum(output_m * output, axis=-1)[..., :, None]
-        own_value = jnp.sum(value_m * v, axis=-1)[..., None, :]
-        distance = jax.nn.relu(own_output - 2 * cross + own_value)
+        # ‖(o_i − v_j)W‖² expanded, so that no [.., M, N, K] exists, and all of it as one product:
+        # XLA's CPU is slow where sums over channels meet as rows and columns.
+        own_output = jnp.sum(output_m * output, axis=-1, keepdims=True)
+        own_value = jnp.sum(value_m * v, axis=-1, keepdims=True)
+        left = jnp.concatenate([-2 * output_m, own_output, jnp.ones_like(own_output)], axis=-1)
+        right = jnp.concatenate([v, jnp.ones_like(own_value), own_value], axis=-1)
+        distance = jax.nn.relu(jnp.einsum("...ik,...jk->...ij", left, right, precision=EXACT))
         dominant = jax.nn.relu(jnp.sum(change_m * change, axis=-1))[..., None]
         return jnp.where(cut.dominates, dominant, jnp.square(cut.factor) * distance)
 
@@ -193,6 +203,8 @@ def edge(
     Returns:
       `[..., M, N]`, in units of the score. 0 where `i` attends to nothing else.
     """
+    if is_single(weights.shape[:-3]):
+        return of_one(functools.partial(edge, signed=signed), weights, values, output_grad)
     weights = widen(weights)
     values, output_grad = _centred(values, weights), _like(output_grad, weights)
 

@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from vit_interact.interactions.by_head import is_single
 from vit_interact.layout import TokenLayout
 from vit_interact.models.bias import SeparableBias
 
@@ -175,6 +176,12 @@ def explicit_attention(
     out_kernel: Float[Array, "H K D"] | None = None,
 ) -> Attended:
     """Attention that keeps its weights. `query` is already scaled; see `Attended` for shapes."""
+    if is_single(batch := query.shape[:-3]):
+        inputs = _without_batch(query, key, value, bias, mask)
+        one = explicit_attention(*inputs, out_kernel=out_kernel)
+        made = {name: getattr(one, name) for name in ("logits", "weights", "output")}
+        made = {name: array.reshape(*batch, *array.shape) for name, array in made.items()}
+        return one._replace(query=query, key=key, values=value, **made)
     logits = attention_logits(query, key, bias, mask)
     weights = attention_weights(logits, mask)
     each = jnp.einsum("...hij,...hjk->...hik", weights.astype(value.dtype), _heads_first(value))
@@ -199,6 +206,13 @@ def attention_gradients(
       grad: derivative of the score by `output`.
       bias: that the logits got, for its shape; None for none.
     """
+    if bias is None and is_single(batch := grad.shape[:-3]):
+        names = ("query", "key", "values", "weights")
+        one = _without_batch(*(getattr(attended, name) for name in names))
+        alone = attended._replace(**dict(zip(names, one, strict=True)))
+        *found, _ = attention_gradients(alone, *_without_batch(output, grad))
+        dquery, dkey, dvalue = (one.reshape(*batch, *one.shape) for one in found)
+        return dquery, dkey, dvalue, None
     g, value = _heads_first(grad), _heads_first(attended.values)
     weights = attended.weights
     slope = jnp.einsum("...ik,...jk->...ij", g, value, preferred_element_type=weights.dtype)
@@ -314,6 +328,11 @@ def _in_order(rows: Array, order: np.ndarray, axis: int) -> Array:
         return jnp.take(rows, order, axis=axis)
     slices = [lax.slice_in_dim(rows, run[0], run[-1] + 1, axis=axis) for run in runs]
     return slices[0] if len(slices) == 1 else jnp.concatenate(slices, axis=axis)
+
+
+def _without_batch(*arrays: Array | None) -> list[Any]:
+    """Without leading axes before the last three, all of size 1; see `is_single`."""
+    return [None if array is None else array.reshape(array.shape[-3:]) for array in arrays]
 
 
 def _heads_first(array: Float[Array, "*B N H K"]) -> Float[Array, "*B H N K"]:
