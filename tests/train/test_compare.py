@@ -1,7 +1,9 @@
 """The tool that compares windows: it runs what is missing and says what failed."""
 
+import argparse
 import json
 import os
+import queue
 import shutil
 import subprocess
 import sys
@@ -22,6 +24,19 @@ def test_arms_of_the_study_change_one_thing_each():
     for arm in set(winft_study.ARMS) - {"vit", "winft"}:
         (line,) = differences(plain, as_json(winft_study.get_config(arm)))
         assert line.startswith("config.winft."), arm
+
+
+def test_a_run_that_was_told_to_stop_is_not_done(tmp_path, monkeypatch):
+    from tools import compare_windows
+
+    arguments = argparse.Namespace(out=tmp_path, data="data", settings=[], test=False, config="c")
+    cores = queue.Queue()
+    cores.put(set())
+    monkeypatch.setattr(compare_windows, "_call", lambda *command: "")
+    assert "stopped before its end" in compare_windows._run(arguments, "vit", 0, cores)
+    (tmp_path / "vit_0").mkdir()
+    (tmp_path / "vit_0" / "val.json").write_text("{}")
+    assert not compare_windows._run(arguments, "vit", 0, cores)
 
 
 @pytest.mark.slow
