@@ -15,7 +15,7 @@ Command for one run, and for all runs and their table:
   python -m vit_interact.train --config=configs/winft_study.py:ARM --workdir=runs/ARM_0 \
     --config.data.source=DIR --config.seed=0
   python tools/compare_windows.py --config configs/winft_study.py --data DIR --out runs --jobs 2
-Hardware, hours and result so far: docs/results.md
+Hardware, hours and result: docs/results.md
 """
 
 from typing import Any

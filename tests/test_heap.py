@@ -16,16 +16,15 @@ if sys.argv[1] == "keep":
     assert keep_freed_memory()
 import jax, jax.numpy as jnp
 @jax.jit
-def f(x):
-    y = jnp.sort(x * 2)
-    return jnp.sort(y[::-1] + x).sum()
-x = jnp.zeros(2**24)
-program = f.lower(x).compile()
-assert program.memory_analysis().temp_size_in_bytes > 2**26
+def f(x, kernel):
+    return (jnp.sin(x @ kernel) @ kernel).sum()
+x, kernel = jnp.zeros((2**20, 16)), jnp.ones((16, 16))
+program = f.lower(x, kernel).compile()
+assert program.memory_analysis().temp_size_in_bytes > 2**26 - 1
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(3):
     before = faults()
-    jax.block_until_ready(program(x))
+    jax.block_until_ready(program(x, kernel))
 print(faults() - before)
 """
 
