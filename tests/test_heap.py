@@ -8,7 +8,7 @@ import pytest
 
 from vit_interact import heap
 
-# Page faults of a second call whose temporary memory is far above glibc's own threshold.
+# Page faults of a later call whose temporary memory is far above glibc's own threshold.
 SCRIPT = """
 import resource, sys
 from vit_interact.heap import keep_freed_memory
@@ -22,10 +22,13 @@ x, kernel = jnp.zeros((2**20, 16)), jnp.ones((16, 16))
 program = f.lower(x, kernel).compile()
 assert program.memory_analysis().temp_size_in_bytes > 2**26 - 1
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(3):
+counts = []
+for _ in range(8):
     before = faults()
     jax.block_until_ready(program(x, kernel))
-print(faults() - before)
+    counts.append(faults() - before)
+# The least: a call may begin before the memory of the one before it is free.
+print(min(counts))
 """
 
 
