@@ -1,11 +1,12 @@
-"""What each thing that is done for CPUs is worth: a pass with it and without.
+"""What each thing that is done for CPUs is worth: passes and pieces of them with it and without.
 
     python -m benchmarks.cpu [--batch 128] [--repeats 7] [--json]
+    taskset -c 0 python -m benchmarks.cpu    # the same on one core
 
-Passes of the small ViT of configs/cifar10_cpu.py (training, `--batch` images) and of ViT-S/16 at
-224 pixels (forward, 8 images), float32, as they are and with one thing taken away, by turns in one
-process; `ratio` is what then takes longer. Before its turn, memory is given back, and filled again
-before the others'.
+Passes, float32: training the small ViT of configs/cifar10_cpu.py (`--batch` images) and ViT-Ti/16
+at 112 pixels (32 images), and ViT-S/16 forward at 224 pixels (8 images), as they are and with one
+thing taken away, by turns in one process; `ratio` is what then takes longer. Pieces are single
+operations, of the small ViT's sizes or of one image's attention, as they are and as they were.
 """
 
 from __future__ import annotations
@@ -37,16 +38,14 @@ SMALL = ViTConfig(
 def _without() -> dict[str, list[AbstractContextManager[Any]]]:
     """By name, what takes one thing away while a program is traced."""
     axes = mock.patch.object(dense, "on_cpu", lambda: False)
-    wide = mock.patch.object(dense, "_MANY", float("inf"))
     erfc = mock.patch.dict(vit._ACTIVATIONS, gelu=lambda x: nn.gelu(x, approximate=False))
     fused = mock.patch.object(vit, "computed_once", lambda x: x)
     return {
         "as it is": [],
         "tokens and heads in axes of their own": [axes],
-        "kernel's derivative wide matrix first": [wide],
         "GELU by erfc": [erfc],
         "residual stream's derivative in each layer again": [fused],
-        "without these four": [axes, erfc, fused],
+        "without these three": [axes, erfc, fused],
     }
 
 
@@ -79,8 +78,6 @@ def measure(model: ViT, batch: int, training: bool, repeats: int) -> list[common
     x = jnp.asarray(pixels, "float32")
     params = jax.jit(model.init)(jax.random.key(0), x[:1])["params"]
     calls: dict[str, Callable[[], Any]] = {}
-    given_back, again = "memory given back after each pass", "memory filled again"
-    calls[given_back] = calls[again] = lambda: None  # they come first
     for name, changes in _without().items():
         with contextlib.ExitStack() as stack:
             for change in changes:
@@ -88,10 +85,18 @@ def measure(model: ViT, batch: int, training: bool, repeats: int) -> list[common
             # A function of its own: jit would not trace one twice.
             compiled = jax.jit(_pass(model, training)).lower(params, x).compile()
         calls[name] = lambda compiled=compiled: compiled(params, x)
-    calls[given_back], calls[again] = _returning(calls["as it is"]), calls["as it is"]
-    times = common.take_turns(calls, repeats)
-    del times[again]
-    base = times["as it is"]
+    # A call's memory is free some time after its result: a call at once would want more.
+    rows = _rows(common.take_turns(calls, repeats, pause=0.1), "as it is")
+    if keep_freed_memory():  # else it is not glibc's allocator
+        call = calls["as it is"]
+        calls = {"as it is": call, "memory given back after each pass": _returning(call), "": call}
+        rows.append(_rows(common.take_turns(calls, repeats, pause=0.1), "as it is")[1])
+    return rows
+
+
+def _rows(times: dict[str, common.Times], first: str) -> list[common.Row]:
+    """A row for each time, with its ratio to the first."""
+    base = times[first]
     return [
         {
             "what": name,
@@ -104,6 +109,47 @@ def measure(model: ViT, batch: int, training: bool, repeats: int) -> list[common
     ]
 
 
+def pieces(batch: int, repeats: int) -> list[common.Row]:
+    """Rows of single operations, each as it is first and then as it was."""
+    rng = np.random.default_rng(0)
+    tokens, width, hidden = batch * SMALL.layout.num_tokens, SMALL.width, SMALL.mlp_dim
+
+    def array(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), "float32")
+
+    def of_kernel(x: jax.Array, g: jax.Array) -> jax.Array:
+        return jax.vjp(lambda kernel: x @ kernel, jnp.zeros((x.shape[-1], g.shape[-1])))[1](g)[0]
+
+    wide, narrow, gelu = array(tokens, hidden), array(tokens, width), array(tokens, hidden)
+    images = (batch, SMALL.layout.num_tokens)
+    product = lambda a, b: jnp.sum(a * b, axis=-1)  # noqa: E731
+    one = array(6, 197, 197), array(6, 197, 197)
+    two_axes = [a.reshape(*images, -1) for a in (narrow, wide)]
+    cases: dict[str, list[tuple[str, Callable[..., Any], tuple[Any, ...]]]] = {
+        "derivative of a kernel": [
+            ("tokens in one axis", of_kernel, (narrow, wide)),
+            ("tokens in two axes", of_kernel, tuple(two_axes)),
+        ],
+        "exact GELU": [
+            ("by erf", vit._ACTIVATIONS["gelu"], (gelu,)),
+            ("by erfc", lambda x: nn.gelu(x, approximate=False), (gelu,)),
+        ],
+        "sum of a product": [
+            ("[6, 197, 197]", product, one),
+            ("[1, 6, 197, 197]", product, tuple(a[None] for a in one)),
+        ],
+    }
+    rows = []
+    for piece, ways in cases.items():
+        calls: dict[str, Callable[[], Any]] = {}
+        for name, function, arguments in ways:
+            compiled = jax.jit(function).lower(*arguments).compile()
+            calls[name] = lambda compiled=compiled, arguments=arguments: compiled(*arguments)
+        found = _rows(common.take_turns(calls, 20 * repeats), ways[0][0])
+        rows += [{"pass": piece, **row} for row in found]
+    return rows
+
+
 def main() -> None:
     """Runs the benchmark."""
     parser = common.make_parser(__doc__, repeats=7)
@@ -111,12 +157,16 @@ def main() -> None:
     options = parser.parse_args()
     report = common.Report("cpu", {"dtype": "float32"}, ("flax",))
     large = vi.create_model("vit_s16", num_classes=1000, image_size=224)
+    twelve = vi.create_model("vit_ti16", num_classes=101, image_size=112)
     for name, model, batch, training in (
         ("small ViT, training", ViT(SMALL), options.batch, True),
+        ("ViT-Ti/16, training", twelve, 32, True),
         ("ViT-S/16, forward", large, 8, False),
     ):
         for row in measure(model, batch, training, options.repeats):
             report.add(**{"pass": name, "batch": batch, **row})
+    for row in pieces(options.batch, options.repeats):
+        report.add(**row)
     report.show(options.json)
 
 

@@ -11,7 +11,6 @@ from vit_interact.models.dense import Dense
 
 
 @pytest.mark.parametrize("flat", [True, False], ids=["flat", "as given"])
-@pytest.mark.parametrize("many", [1, 4096], ids=["many tokens", "few tokens"])
 @pytest.mark.parametrize(
     ("shape", "features", "axes"),
     [
@@ -22,9 +21,8 @@ from vit_interact.models.dense import Dense
         pytest.param((4,), 5, 1, id="one token"),
     ],
 )
-def test_equals_flax(monkeypatch, shape, features, axes, flat, many):
+def test_equals_flax(monkeypatch, shape, features, axes, flat):
     monkeypatch.setattr(module, "on_cpu", lambda: flat)
-    monkeypatch.setattr(module, "_MANY", many)
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     theirs = nn.DenseGeneral(features, axis=tuple(range(-axes, 0)))
     ours = Dense(features, axes)

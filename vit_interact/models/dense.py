@@ -13,8 +13,6 @@ from jaxtyping import Array, Float
 
 from vit_interact.models.cpu import on_cpu
 
-_MANY = 4096  # tokens
-
 
 def dense(
     x: Float[Array, ...], kernel: Float[Array, ...], bias: Float[Array, ...] | None, axes: int
@@ -22,8 +20,8 @@ def dense(
     """The last `axes` axes of `x` times the first of `kernel`, plus `bias`.
 
     On a CPU this is a product of two matrices and a bias that is a row. With tokens in several
-    axes, the kernel's derivative takes XLA's CPU 2.5 times as long as with them in one, and with
-    heads in an axis of their own, the bias's derivative 25 times (docs/benchmarks.md). Other
+    axes, the kernel's derivative takes XLA's CPU twice as long as with them in one, and with heads
+    in an axis of their own, the bias's derivative many times as long (docs/benchmarks.md). Other
     compilers make two matrices of it themselves.
     """
     kept, outputs = x.shape[: x.ndim - axes], kernel.shape[axes:]
@@ -32,12 +30,7 @@ def dense(
         product = lax.dot_general(x, kernel, ((last, first), ((), ())))
         return product if bias is None else product + bias
     depth = math.prod(kernel.shape[:axes])
-    x, kernel = x.reshape(-1, depth), kernel.reshape(depth, -1)
-    if len(x) >= _MANY and kernel.shape[1] < depth:
-        # The barrier keeps the derivative in this order, too, its narrower matrix first: it takes
-        # 0.6 of the time. It costs a copy of the kernel, which a few tokens would notice.
-        kernel = lax.optimization_barrier(kernel.T).T
-    product = x @ kernel
+    product = x.reshape(-1, depth) @ kernel.reshape(depth, -1)
     product = product if bias is None else product + bias.reshape(-1)
     return product.reshape(*kept, *outputs)
 
