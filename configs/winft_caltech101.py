@@ -1,28 +1,50 @@
 r"""ViT against window-free transformer, fine-tuned on Caltech-101 from the same backbone.
 
 ARM is one of vit, free, winft, local, shifted, random; see `with_windows` in configs/common.py.
-Slices of 10 and 30 images a class: --config.data.per_class=10.
+Others change one thing of winft:
 
-Command:
-  python -m vit_interact.train --config=configs/winft_caltech101.py:ARM --workdir=runs/ARM_10_0 \
-    --config.data.source=/data/caltech101 --config.init=/data/vit_s14_backbone.safetensors \
+  weight_3      guidance weighs 3 in place of 1
+  coverage_90   windows to learn hold 90 % of a patch's impact in place of 50 %
+  layers_high   windows in layers 9 to 11 in place of 6 to 11
+  taught        guided by the trained `vit` of the same seed in place of itself
+
+Command for one run on ten images a class, and for three seeds of several arms and their table:
+  python -m vit_interact.train --config=configs/winft_caltech101.py:ARM --workdir=runs/ARM_0 \
+    --config.data.source=DIR --config.init=vit_s14_backbone.safetensors \
     --config.data.per_class=10 --config.seed=0
+  python tools/compare_windows.py --config configs/winft_caltech101.py --data DIR --out runs \
+    --arms vit,winft --jobs 2 init=vit_s14_backbone.safetensors data.per_class=10
 Hardware, hours and result: docs/results.md
 """
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from configs import caltech101, common
 
-ARMS = ("vit", "free", "winft", "local", "shifted", "random")
+_CHANGES: dict[str, dict[str, Any]] = {
+    "weight_3": {"weight": (3.0, 3.0)},
+    "coverage_90": {"coverage": 0.9},
+    "layers_high": {"layers": (9, 10, 11)},
+}
+ARMS = ("vit", "free", "winft", "local", "shifted", "random", "taught", *_CHANGES)
 
 
 def get_config(arm: str = "winft") -> ConfigDict:
-    """One arm: as the first run of configs/caltech101.py, at 112 pixels."""
-    config = common.with_windows(caltech101.get_config("112").unlock(), arm)
+    """One arm: as the first run of configs/caltech101.py, at 112 pixels.
+
+    Raises:
+      ValueError: for an arm that is not in `ARMS`.
+    """
+    common.check_arm(arm, ARMS)
+    config = caltech101.get_config("112").unlock()
+    config = common.with_windows(config, "winft" if arm in _CHANGES else arm)
     config.data.holdout = 0.1
+    config.data.test = "test"
     # The blocks below are frozen.
     config.winft.layers = tuple(range(6, 12))
     # At the backbone's learning rate windows would still hold the whole grid at the end.
     config.optimizer.window_rate = 20.0
+    config.winft.update(_CHANGES.get(arm, {}))
     return config.lock()

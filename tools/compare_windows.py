@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--known", help="a table of the same config and settings", type=Path)
     parser.add_argument("--test", action="store_true", help="read the test split, at the very end")
     parser.add_argument("settings", nargs="*", help="further settings, such as epochs=3")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     seeds = arguments.seeds
     try:
         every_arm = _arms_of(arguments.config)

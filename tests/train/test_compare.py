@@ -1,6 +1,7 @@
 """The tool that compares windows: it runs what is missing and says what failed."""
 
 import argparse
+import importlib
 import json
 import os
 import queue
@@ -17,13 +18,22 @@ from vit_interact.train.config import as_json, differences
 ROOT = Path(__file__).parents[2]
 
 
-def test_arms_of_the_study_change_one_thing_each():
-    from configs import winft_study
-
-    plain = as_json(winft_study.get_config("winft"))
-    for arm in set(winft_study.ARMS) - {"vit", "winft"}:
-        (line,) = differences(plain, as_json(winft_study.get_config(arm)))
+@pytest.mark.parametrize("name", ["winft_study", "winft_caltech101"])
+def test_arms_of_a_study_change_one_thing_each(name):
+    study = importlib.import_module(f"configs.{name}")
+    plain = as_json(study.get_config("winft"))
+    for arm in set(study.ARMS) - {"vit", "winft", "local", "shifted", "random"}:
+        (line,) = differences(plain, as_json(study.get_config(arm)))
         assert line.startswith("config.winft."), arm
+
+
+def test_settings_may_follow_any_option(tmp_path):
+    command = [
+        sys.executable, "tools/compare_windows.py", "--data", str(tmp_path), "a=1", "--jobs", "2",
+        "--out", str(tmp_path / "runs"), "b=2", "--arms", "none",
+    ]  # fmt: skip
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 2 and "--arms none: there are vit, " in found.stderr
 
 
 def test_a_run_that_was_told_to_stop_is_not_done(tmp_path, monkeypatch):
