@@ -114,6 +114,22 @@ def test_analyze_leaves_a_folder(tmp_path, weights):
     np.testing.assert_array_equal(dataset["prediction"], again["prediction"])
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_figures_of_other_processes_are_the_same(tmp_path, weights, monkeypatch, count):
+    import matplotlib.figure  # noqa: F401, or the first ones are drawn there, too
+
+    def figures(name):
+        run("analyze", images, "--model", weights, "--out", tmp_path / name)
+        root = tmp_path / name / "images"
+        return {path.relative_to(root): path.read_bytes() for path in root.rglob("*.png")}
+
+    images = photographs(tmp_path / "in", count)
+    here = figures("here")
+    monkeypatch.setattr("vit_interact.session._POOL_FROM", 0)
+    monkeypatch.setattr("vit_interact.session.os.cpu_count", lambda: 2)
+    assert len(here) == 6 * count and figures("there") == here
+
+
 @pytest.mark.slow
 def test_same_command_skips_and_new_images_are_added(tmp_path, weights):
     images = photographs(tmp_path / "in", 2)

@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -165,17 +166,29 @@ def _decode(
     return good, np.stack(pictures) if pictures else np.zeros((0, 1, 1, 3), np.uint8)
 
 
-def _render_one(one: xr.Dataset, out: Path) -> None:
-    from vit_interact.viz.figures import render_image
+def _render_one(one: xr.Dataset, out: Path, part: int = 0, parts: int = 1) -> None:
+    from vit_interact.viz.figures import FIGURES, render_image
     from vit_interact.viz.report import slug
 
-    render_image(one, out / "images" / slug(str(one["image"].values)))
+    stems = list(FIGURES)[part::parts]
+    render_image(one, out / "images" / slug(str(one["image"].values)), stems)
+
+
+def _start_worker() -> None:
+    end_with_parent()
+    import vit_interact.viz.figures  # noqa: F401
 
 
 @contextlib.contextmanager
 def _renderer(images: int) -> Iterator[Callable[[Any, Path], None]]:
-    """Draws a batch's figures, in other processes when there are many."""
-    if images < _POOL_FROM:
+    """Draws a batch's figures, in other processes where that pays.
+
+    It does when there are many, and when Matplotlib is not imported yet: that takes as long as
+    measuring an image, and other processes do it meanwhile.
+    """
+    workers = min(4, os.cpu_count() or 1)
+    ready = "matplotlib.figure" in sys.modules or workers == 1
+    if not images or (images < _POOL_FROM and ready):
 
         def render(dataset: xr.Dataset, out: Path) -> None:
             for index in range(dataset.sizes["image"]):
@@ -185,13 +198,21 @@ def _renderer(images: int) -> Iterator[Callable[[Any, Path], None]]:
         return
     # spawn: forking a process that runs XLA's threads can hang.
     context = multiprocessing.get_context("spawn")
-    workers = min(4, os.cpu_count() or 1)
-    with concurrent.futures.ProcessPoolExecutor(workers, context, end_with_parent) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker) as pool:
+        for _ in range(workers):
+            pool.submit(os.getpid)  # a worker starts when there is something to do
 
         def render_in_pool(dataset: xr.Dataset, out: Path) -> None:
             count = dataset.sizes["image"]
+            parts = max(1, workers // count)
             each = [dataset.isel(image=index).load() for index in range(count)]
-            list(pool.map(_render_one, each, [out] * count))
+            drawn = [
+                pool.submit(_render_one, one, out, part, parts)
+                for one in each
+                for part in range(parts)
+            ]
+            for figures in drawn:
+                figures.result()
 
         yield render_in_pool
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -373,12 +373,15 @@ def applies(stem: str, data: xr.Dataset) -> bool:
     return stem != "predicted" or "predicted_window" in data
 
 
-def render_image(data: xr.Dataset, folder: str | os.PathLike[str]) -> list[Path]:
-    """Writes all figures of one image as PNG files, each complete or not there.
+def render_image(
+    data: xr.Dataset, folder: str | os.PathLike[str], stems: Iterable[str] = tuple(FIGURES)
+) -> list[Path]:
+    """Writes figures of one image as PNG files, each complete or not there.
 
     Args:
       data: the dataset of one image, `ds.isel(image=i)`.
       folder: where to write; made if it isn't there.
+      stems: which of `FIGURES`; those that do not apply to the image are left out.
 
     Returns:
       The paths `folder/received_impact.png`, `interaction.png`, `windows.png`, `field.png`,
@@ -390,9 +393,8 @@ def render_image(data: xr.Dataset, folder: str | os.PathLike[str]) -> list[Path]
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         written = [
             # Six photographs under heat never fit at full depth: that try is left out.
-            pool.submit(write, render(draw(data)), target / f"{stem}.png",
+            pool.submit(write, render(FIGURES[stem](data)), target / f"{stem}.png",
                         COARSE if stem == "interaction" else LEVELS)
-            for stem, draw in FIGURES.items()
-            if applies(stem, data)
+            for stem in stems if applies(stem, data)
         ]  # fmt: skip
     return [file.result() for file in written]
