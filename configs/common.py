@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from vit_interact.train.config import default_config
 
-#: Arms of the comparison of METHOD section 5; `with_windows` says what they are.
+#: Arms of the comparison of windows (docs/results.md); `with_windows` says what they are.
 ARMS = ("vit", "local", "shifted", "random", "offset", "teacher", "free", "winft", "taught")
 
 
@@ -74,7 +74,7 @@ def finetune(source: str, train: str = "train", test: str = "test") -> ConfigDic
 
 
 def with_windows(config: ConfigDict, arm: str) -> ConfigDict:
-    """An arm of the comparison of METHOD section 5; all else stays as it is.
+    """An arm of the comparison of windows; all else stays as it is.
 
     Args:
       config: of the plain ViT.

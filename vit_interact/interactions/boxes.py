@@ -34,7 +34,7 @@ class SoftWindow(NamedTuple):
 def soft_window(
     distances: Distances, layout: TokenLayout, sharpness: Float[Array, ""] | float = 1.0
 ) -> SoftWindow:
-    """The soft box of METHOD section 5, separable: `log m_ij = rows_i[r_j] + cols_i[c_j]`.
+    """The soft box (docs/method.md), separable: `log m_ij = rows_i[r_j] + cols_i[c_j]`.
 
     Args:
       distances: (top, left, bottom, right) of each query patch, in patches.

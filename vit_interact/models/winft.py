@@ -2,7 +2,7 @@
 
 In each layer a zero-initialised Dense reads the normalised block input of a patch and gives four
 distances `d = extent · sigmoid(u + b)`. Their soft box is added to the attention logits as a
-separable bias (METHOD section 5; the paper's own WinfT is not public). At the start every box holds
+separable bias (docs/method.md; the paper's own WinfT is not public). At the start every box holds
 the whole grid, so a converted ViT gives the ViT's logits.
 
 What a WinfT is compared with has windows, too: given ones, the same for all images.
@@ -71,7 +71,7 @@ class WindowHead(nn.Module):
         zeros = nn.initializers.zeros
         u = nn.Dense(4 * config.groups, kernel_init=zeros, bias_init=zeros, name="Dense_0")(patches)
         u = jnp.moveaxis(u.reshape(*u.shape[:-1], config.groups, 4), -2, 1)
-        # Where u is 0, borders lie `reach` beyond the farthest patch of the grid. METHOD's 2 τ
+        # Where u is 0, borders lie `reach` beyond the farthest patch of the grid. 2 τ
         # leaves logits of a 4x5 grid 5e-3 of their largest away from the ViT's, and more on larger
         # grids, where `b = 3` takes a twentieth of the side; at 5 τ it is below 1e-3 everywhere.
         first = np.array([layout.rows, layout.cols] * 2) - 1.5 + config.reach
