@@ -12,7 +12,7 @@ Command for one run on ten images a class, and for three seeds of several arms a
   python -m vit_interact.train --config=configs/winft_caltech101.py:ARM --workdir=runs/ARM_0 \
     --config.data.source=DIR --config.init=vit_s14_backbone.safetensors \
     --config.data.per_class=10 --config.seed=0
-  python tools/compare_windows.py --config configs/winft_caltech101.py --data DIR --out runs \
+  python tools/compare_windows.py --config configs/winft_caltech101.py --data DIR --out runs/slice \
     --arms vit,winft --jobs 2 init=vit_s14_backbone.safetensors data.per_class=10
 Hardware, hours and result: docs/results.md
 """

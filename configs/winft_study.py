@@ -14,7 +14,8 @@ a difference of an arm's accuracy is known better. ARM is one of
 Command for one run, and for all runs and their table:
   python -m vit_interact.train --config=configs/winft_study.py:ARM --workdir=runs/ARM_0 \
     --config.data.source=DIR --config.seed=0
-  python tools/compare_windows.py --config configs/winft_study.py --data DIR --out runs --jobs 2
+  python tools/compare_windows.py --config configs/winft_study.py --data DIR --out runs/study \
+    --jobs 2
 Hardware, hours and result: docs/results.md
 """
 

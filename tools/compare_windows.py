@@ -58,7 +58,9 @@ def main() -> None:
         arms = list(every_arm) if arguments.arms == "all" else arguments.arms.split(",")
         if unknown := sorted(set(arms) - set(every_arm)):
             raise ValueError(f"--arms {', '.join(unknown)}: there are {', '.join(every_arm)}")
-        known = _known(arguments)
+        known = _runs_of("--known", arguments.known, arguments)
+        own = arguments.out / "table.json"
+        _runs_of("--out", own if own.exists() else None, arguments)  # it is about to be replaced
     except ValueError as error:
         parser.error(str(error))
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -122,13 +124,14 @@ def _arms_of(path: str) -> tuple[str, ...]:
     return tuple(arms)
 
 
-def _known(arguments: Any) -> dict[tuple[str, int], dict[str, Any]]:
+def _runs_of(
+    option: str, path: Path | None, arguments: Any
+) -> dict[tuple[str, int], dict[str, Any]]:
     """Runs of an earlier table by arm and seed.
 
     Raises:
       ValueError: when it cannot be read, or its runs are of other settings.
     """
-    path = arguments.known
     if path is None:
         return {}
     try:
@@ -140,12 +143,17 @@ def _known(arguments: Any) -> dict[tuple[str, int], dict[str, Any]]:
         }
         made = table["config"], sorted(table["settings"])
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"--known {path}: is no table.json of this tool ({error!r})") from error
+        raise ValueError(f"{option} {path}: is no table.json of this tool ({error!r})") from error
     if made != (arguments.config, sorted(arguments.settings)):
         raise ValueError(
-            f"--known {path} is of --config {made[0]} {' '.join(made[1])}: give the same settings"
+            f"{option} {path} is of --config {made[0]} {' '.join(made[1])}: give the same settings"
+            + (" or another folder" if option == "--out" else "")
         )
-    if arguments.test and (unread := [run for run, row in runs.items() if row["test"] is None]):
+    if (
+        option == "--known"
+        and arguments.test
+        and (unread := [run for run, row in runs.items() if row["test"] is None])
+    ):
         raise ValueError(f"--known {path} has no test accuracy of {unread[0][0]}_{unread[0][1]}")
     return runs
 

@@ -49,6 +49,19 @@ def test_a_run_that_was_told_to_stop_is_not_done(tmp_path, monkeypatch):
     assert not compare_windows._run(arguments, "vit", 0, cores)
 
 
+def test_a_table_of_other_settings_is_not_replaced(tmp_path, monkeypatch, capsys):
+    from tools import compare_windows
+
+    table = {"config": "configs/winft_study.py", "settings": ["epochs=3"], "arms": {}}
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    arguments = ["compare_windows", "--data", "data", "--out", str(tmp_path), "epochs=3"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit):
+        compare_windows.main()
+    assert "--config configs/winft_study.py epochs=3: give the same" in capsys.readouterr().err
+    assert json.loads((tmp_path / "table.json").read_text()) == table
+
+
 @pytest.mark.slow
 def test_runs_are_made_once_and_pooled(tmp_path):
     data, out = tiny.save(tmp_path / "data.npz"), tmp_path / "runs"
