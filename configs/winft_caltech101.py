@@ -3,10 +3,9 @@ r"""ViT against window-free transformer, fine-tuned on Caltech-101 from the same
 ARM is one of vit, free, winft, local, shifted, random; see `with_windows` in configs/common.py.
 Others change one thing of winft:
 
-  weight_3      guidance weighs 3 in place of 1
+  weight_03     guidance weighs 0.3 in place of 1
   coverage_90   windows to learn hold 90 % of a patch's impact in place of 50 %
   layers_high   windows in layers 9 to 11 in place of 6 to 11
-  taught        guided by the trained `vit` of the same seed in place of itself
 
 Command for one run on ten images a class, and for three seeds of several arms and their table:
   python -m vit_interact.train --config=configs/winft_caltech101.py:ARM --workdir=runs/ARM_0 \
@@ -24,11 +23,11 @@ from ml_collections import ConfigDict
 from configs import caltech101, common
 
 _CHANGES: dict[str, dict[str, Any]] = {
-    "weight_3": {"weight": (3.0, 3.0)},
+    "weight_03": {"weight": (0.3, 0.3)},
     "coverage_90": {"coverage": 0.9},
     "layers_high": {"layers": (9, 10, 11)},
 }
-ARMS = ("vit", "free", "winft", "local", "shifted", "random", "taught", *_CHANGES)
+ARMS = ("vit", "free", "winft", "local", "shifted", "random", *_CHANGES)
 
 
 def get_config(arm: str = "winft") -> ConfigDict:

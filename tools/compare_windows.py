@@ -81,13 +81,19 @@ def main() -> None:
         for taught in (False, True):
             runs = [run for run in order if (run[0] in TAUGHT) == taught]
             futures = {pool.submit(_run, arguments, *run, cores): run for run in runs}
-            for future in concurrent.futures.as_completed(futures):
-                arm, seed = futures[future]
-                done += 1
-                error = future.result()
-                if error:
-                    failed[f"{arm}_{seed}"] = error
-                print(f"{done}/{len(order)} {arm}_{seed}: {error or 'done'}", flush=True)
+            try:
+                for future in concurrent.futures.as_completed(futures):
+                    arm, seed = futures[future]
+                    done += 1
+                    error = future.result()
+                    if error:
+                        failed[f"{arm}_{seed}"] = error
+                    print(f"{done}/{len(order)} {arm}_{seed}: {error or 'done'}", flush=True)
+            except KeyboardInterrupt:
+                # The terminal tells the runs, too; those that wait would begin when these end.
+                pool.shutdown(wait=False, cancel_futures=True)
+                print("stopped; the same command goes on", file=sys.stderr)
+                raise SystemExit(130) from None
     table = _table(arguments, every_arm, arms, seeds, failed, known)
     (arguments.out / "table.json").write_text(json.dumps(table, indent=1) + "\n", "utf-8")
     _print(table)

@@ -8,6 +8,7 @@ import queue
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,23 @@ def test_a_table_of_other_settings_is_not_replaced(tmp_path, monkeypatch, capsys
         compare_windows.main()
     assert "--config configs/winft_study.py epochs=3: give the same" in capsys.readouterr().err
     assert json.loads((tmp_path / "table.json").read_text()) == table
+
+
+def test_interrupted_it_begins_no_further_run(tmp_path, monkeypatch):
+    from tools import compare_windows
+
+    begun = []
+
+    def interrupt(futures):
+        next(iter(futures)).result()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare_windows, "_run", lambda *run: begun.append(run) or time.sleep(0.3))
+    monkeypatch.setattr(compare_windows.concurrent.futures, "as_completed", interrupt)
+    monkeypatch.setattr(sys, "argv", ["compare_windows", "--data", "d", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        compare_windows.main()
+    assert stopped.value.code == 130 and len(begun) <= 2
 
 
 @pytest.mark.slow
