@@ -93,7 +93,8 @@ def describe(found: dict[str, Any]) -> str:
     """A line about the run, and its table."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     # The benchmark before this one leaves a load of its own behind.
-    busy = found["load_before"] > max(1.5, found["cores"])
+    timed = any(name.startswith("cpu_") for row in found["rows"] for name in row)
+    busy = timed and found["load_before"] > max(1.5, found["cores"])
     known = ("benchmark", "command", "date", "device", "processor", "cores", "load_before",
              "python", "versions", "rows")  # fmt: skip
     fixed = ", ".join(f"{key} {shown(value)}" for key, value in found.items() if key not in known)
