@@ -104,6 +104,19 @@ def test_memory_at_1024_patches(name, maps):
         assert temporary(block=32, reduce="fields") < maps * one_map
 
 
+def test_memory_does_not_grow_with_layers():
+    """Maps are outputs; a layer's own memory is free before the next one's."""
+
+    def temporary(depth):
+        model = ViT(dataclasses.replace(tiny()[0].config, image_size=(128, 128), depth=depth))
+        images = jax.ShapeDtypeStruct((1, 128, 128, 3), jnp.float32)
+        params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+        run = jax.jit(lambda p, x: vi.measure(model, p, x, ("attention",), block=128))
+        return run.lower(params, images).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(6) - temporary(2) < 2 * 2**20  # a map, 4 MiB, for each layer was 16
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, pytest.param({"scan": True, "remat": True, "depth": 2}, marks=pytest.mark.slow)],

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vit_interact.interactions.by_head import is_single
 from vit_interact.layout import TokenLayout
 from vit_interact.models.bias import SeparableBias
+from vit_interact.models.blocks import join, map_blocks, pick
 
 WEIGHT_BYTES = 8 * 2**20
 """Attention weights that exist at a time, when nothing else is asked for (docs/kernels.md)."""
@@ -67,12 +68,6 @@ class Weightless(Protocol):
     def indicator(self, name: str, g: Array | None = None) -> Array:
         """The map `[B, M, N]` of an indicator; `g` is the gradient of the output."""
         ...
-
-
-class Summed(NamedTuple):
-    """Marks what a reduction adds up over queries: blocks are added, not put side by side."""
-
-    total: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,19 +267,10 @@ def attend_in_blocks(
             step = jax.checkpoint(block, prevent_cse=False, static_argnums=(3,))
             return step(*xs, prefix)
 
-        xs = (_pick(query, numbers, axis), _pick(output_grad, numbers, axis), numbers)
-        found.append(lax.map(one, xs))
-    joined = _join(found, groups, axis)
+        xs = (pick(query, numbers, axis), pick(output_grad, numbers, axis), numbers)
+        found.append(map_blocks(one, xs, query))
+    joined = join(found, groups, axis)
     return joined.pop(_OUTPUT), joined
-
-
-def _pick(array: Array | None, numbers: np.ndarray, axis: int) -> Array | None:
-    """The tokens of each block, blocks first."""
-    if array is None:
-        return None
-    picked = jnp.take(array, numbers.reshape(-1), axis=axis)
-    shape = (*array.shape[:axis], *numbers.shape, *array.shape[axis + 1 :])
-    return jnp.moveaxis(picked.reshape(shape), axis, 0)
 
 
 def _rows_of(whole: Any, queries: Any, tokens: int) -> Array | None:
@@ -294,40 +280,6 @@ def _rows_of(whole: Any, queries: Any, tokens: int) -> Array | None:
     if whole is None or whole.shape[-2] == 1:
         return whole
     return jnp.take(whole, queries, axis=-2)
-
-
-def _join(
-    found: list[dict[str, Any]], groups: tuple[np.ndarray, ...], axis: int
-) -> dict[str, Array]:
-    """Puts blocks together: in the order of tokens, or added up."""
-    joined = {}
-    for name in {name: None for part in found for name in part}:
-        having = [(part[name], g) for part, g in zip(found, groups, strict=True) if name in part]
-        numbers = np.concatenate([g.reshape(-1) for _, g in having])
-        order = np.unique(numbers, return_index=True)[1]
-        if isinstance(having[0][0], Summed):
-            if len(order) != len(numbers):
-                raise ValueError("blocks that share queries cannot be added up")
-            joined[name] = sum(part.total.sum(axis=0) for part, _ in having)
-            continue
-        flat = [
-            jnp.moveaxis(part, 0, axis).reshape(
-                *part.shape[1 : axis + 1], -1, *part.shape[axis + 2 :]
-            )
-            for part, _ in having
-        ]
-        rows = flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=axis)
-        joined[name] = _in_order(rows, order, axis)
-    return joined
-
-
-def _in_order(rows: Array, order: np.ndarray, axis: int) -> Array:
-    """`jnp.take(rows, order, axis)`, by slices where the order is but a few runs."""
-    runs = np.split(order, np.flatnonzero(np.diff(order) != 1) + 1)
-    if len(runs) > 3:
-        return jnp.take(rows, order, axis=axis)
-    slices = [lax.slice_in_dim(rows, run[0], run[-1] + 1, axis=axis) for run in runs]
-    return slices[0] if len(slices) == 1 else jnp.concatenate(slices, axis=axis)
 
 
 def _without_batch(*arrays: Array | None) -> list[Any]:

@@ -14,7 +14,8 @@ from vit_interact.interactions.fields import ResponsiveField
 from vit_interact.interactions.removal import impact_of_rows
 from vit_interact.interactions.streaming import Fields, fields_of_columns, fields_of_map
 from vit_interact.layout import TokenLayout
-from vit_interact.models.attend import Attended, Summed
+from vit_interact.models.attend import Attended
+from vit_interact.models.blocks import Summed
 
 _IMPACT, _WINDOWS = "received_impact", "windows"
 
