@@ -3,6 +3,7 @@ r"""ViT against window-free transformer, fine-tuned on Caltech-101 from the same
 ARM is one of vit, free, winft, local, shifted, random; see `with_windows` in configs/common.py.
 Others change one thing of winft:
 
+  detached      guidance changes the windows' heads alone, not the backbone
   weight_03     guidance weighs 0.3 in place of 1
   coverage_90   windows to learn hold 90 % of a patch's impact in place of 50 %
   layers_high   windows in layers 9 to 11 in place of 6 to 11
@@ -23,6 +24,7 @@ from ml_collections import ConfigDict
 from configs import caltech101, common
 
 _CHANGES: dict[str, dict[str, Any]] = {
+    "detached": {"detach": True},
     "weight_03": {"weight": (0.3, 0.3)},
     "coverage_90": {"coverage": 0.9},
     "layers_high": {"layers": (9, 10, 11)},

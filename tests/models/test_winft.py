@@ -152,6 +152,17 @@ def test_gradients_reach_the_window_heads():
         assert abs(slope) > 1e-4
 
 
+@pytest.mark.parametrize("detach", [False, True])
+def test_detached_windows_leave_the_tokens_alone(detach):
+    model, params, images = make()
+    model, params = to_winft(model, params, WindowConfig(detach=detach))
+    params = turned(params)
+    loss = lambda params: jnp.sum(predicted_distances(model, params, images)[1] ** 2)  # noqa: E731
+    slopes = jax.tree_util.tree_leaves_with_path(jax.grad(loss)(params))
+    moved = {"WindowHead_0" in jax.tree_util.keystr(keys) for keys, leaf in slopes if leaf.any()}
+    assert moved == ({True} if detach else {True, False})
+
+
 def test_groups_of_heads_have_windows_of_their_own():
     model, params, images = make()
     ours, params = to_winft(model, params, WindowConfig(groups=2))

@@ -25,6 +25,8 @@ class WindowConfig:
       reach: how far beyond the grid predicted windows go before training, in patches.
       start: `b`, the logit of every distance before training: the nearer to 0, the steeper.
       hard: attend within the windows that soft ones become as they sharpen.
+      detach: gradients stop at the tokens that windows are predicted from: windows learn to read
+        these, but they do not learn to suit the windows.
     """
 
     layers: tuple[int, ...] | None = None
@@ -34,6 +36,7 @@ class WindowConfig:
     reach: float = 5.0
     start: float = 3.0
     hard: bool = False
+    detach: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in WINDOWS:

@@ -68,6 +68,8 @@ class WindowHead(nn.Module):
         """
         config, layout = self.config, self.layout
         patches = x[:, layout.prefix :].astype(jnp.float32)
+        if config.detach:
+            patches = jax.lax.stop_gradient(patches)
         zeros = nn.initializers.zeros
         u = nn.Dense(4 * config.groups, kernel_init=zeros, bias_init=zeros, name="Dense_0")(patches)
         u = jnp.moveaxis(u.reshape(*u.shape[:-1], config.groups, 4), -2, 1)

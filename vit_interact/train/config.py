@@ -150,6 +150,8 @@ def default_config() -> ConfigDict:
     config.winft.hard = False
     # What teaches predicted windows: the model itself, a teacher, a file, or "" for the task only.
     config.winft.guide = "self"
+    # Guidance, and the task by way of the windows, change the windows' heads and not the backbone.
+    config.winft.detach = False
     config.winft.weight = (1.0, 1.0)  # of the guidance loss at the first and last step; linear
     config.winft.every = 8  # one of so many images of a batch guides
     config.winft.teacher = ""  # anything that vi.load_model reads, of the same depth and grid

@@ -218,7 +218,12 @@ def plan_windows(config: Any, model: ViT, params: Any, steps: int) -> Windowing:
         return Windowing(model, params, lambda params: give_windows(model, params, windows))
     first, last = winft.sharpness
     wanted = WindowConfig(
-        layers=own, groups=winft.groups, sharpness=first, reach=winft.reach, start=winft.start
+        layers=own,
+        groups=winft.groups,
+        sharpness=first,
+        reach=winft.reach,
+        start=winft.start,
+        detach=winft.detach,
     )
     model, params = _windowed(model, params, wanted)
     teaching, taught = None, winft.guide
