@@ -43,6 +43,7 @@ COMMANDS: dict[str, list[str]] = {
     "viewer": ["viewer"],
     "start": ["start"],
 }
+COMPILED_ONLY = ("memory", "scaling")  # other programs on the cores change nothing there
 _TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -93,8 +94,9 @@ def describe(found: dict[str, Any]) -> str:
     """A line about the run, and its table."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     # The benchmark before this one leaves a load of its own behind.
-    timed = any(name.startswith("cpu_") for row in found["rows"] for name in row)
-    busy = timed and found["load_before"] > max(1.5, found["cores"])
+    busy = found["benchmark"] not in COMPILED_ONLY and found["load_before"] > max(
+        1.5, found["cores"]
+    )
     known = ("benchmark", "command", "date", "device", "processor", "cores", "load_before",
              "python", "versions", "rows")  # fmt: skip
     fixed = ", ".join(f"{key} {shown(value)}" for key, value in found.items() if key not in known)

@@ -9,7 +9,6 @@ from vit_interact import interactions as vx
 from vit_interact.layout import TokenLayout
 from vit_interact.models.attend import (
     QueryBlocks,
-    Summed,
     attend_in_blocks,
     attention_gradients,
     explicit_attention,
@@ -17,6 +16,7 @@ from vit_interact.models.attend import (
     suitable_blocks,
 )
 from vit_interact.models.bias import SeparableBias
+from vit_interact.models.blocks import Summed
 
 LAYOUT = TokenLayout(3, 4, 2)
 N, H, K = LAYOUT.num_tokens, 3, 5
