@@ -172,19 +172,18 @@ def batches(
         source, picture, np.zeros((*size, 3), np.uint8), reading, seed, shuffle,
         batch_size, local, index * local,
     )  # fmt: skip
-    places = grain.MapDataset.range(steps.start * local, steps.stop * local).map(load)
+    stream = grain.MapDataset.range(steps.start * local, steps.stop * local).map(load).batch(local)
+    options = grain.ReadOptions(
+        num_threads=reading.threads, prefetch_buffer_size=reading.threads + reading.ahead
+    )
+    iterable = stream.to_iter_dataset(options)
     if reading.workers:
         _parse_flags()
-        # Each worker makes whole batches: photographs one by one would cost more on their way.
-        iterable = places.batch(local).to_iter_dataset(_options(reading, reading.ahead))
         iterable = iterable.mp_prefetch(
             grain.MultiprocessingOptions(
                 num_workers=reading.workers, per_worker_buffer_size=reading.ahead
             )
         )
-    else:
-        # Threads share the photographs of a batch: none of them waits for another's batch to end.
-        iterable = places.to_iter_dataset(_options(reading, reading.ahead * local)).batch(local)
     # Closed even when a run stops early: workers and shared memory go before the program ends.
     with contextlib.closing(iter(iterable)) as iterator:
         for batch in iterator:
@@ -192,14 +191,6 @@ def batches(
                 # Their arrays lie in shared memory, which devices may not hold on to.
                 batch = {name: np.array(array) for name, array in batch.items()}
             yield batch
-
-
-def _options(reading: Reading, ahead: int) -> Any:
-    import grain
-
-    return grain.ReadOptions(
-        num_threads=reading.threads, prefetch_buffer_size=reading.threads + ahead
-    )
 
 
 def _parse_flags() -> None:
