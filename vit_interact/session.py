@@ -25,7 +25,7 @@ import numpy as np
 
 from vit_interact.data.images import ImageError, read_image
 from vit_interact.data.naming import Work, name_files, visible
-from vit_interact.processes import end_with_parent
+from vit_interact.processes import deaf_to_interrupts, end_with_parent
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -199,8 +199,9 @@ def _renderer(images: int) -> Iterator[Callable[[Any, Path], None]]:
     # spawn: forking a process that runs XLA's threads can hang.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker) as pool:
-        for _ in range(workers):
-            pool.submit(os.getpid)  # a worker starts when there is something to do
+        with deaf_to_interrupts():
+            for _ in range(workers):
+                pool.submit(os.getpid)  # a worker starts when there is something to do
 
         def render_in_pool(dataset: xr.Dataset, out: Path) -> None:
             count = dataset.sizes["image"]
