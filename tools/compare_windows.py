@@ -152,8 +152,8 @@ def _runs_of(
         raise ValueError(f"{option} {path}: is no table.json of this tool ({error!r})") from error
     if made != (arguments.config, sorted(arguments.settings)):
         raise ValueError(
-            f"{option} {path} is of --config {made[0]} {' '.join(made[1])}: give the same settings"
-            + (" or another folder" if option == "--out" else "")
+            f"{option} {path} is of --config {' '.join([made[0], *made[1]])}: "
+            "give the same settings" + (" or another folder" if option == "--out" else "")
         )
     if (
         option == "--known"

@@ -129,6 +129,10 @@ def test_runs_are_made_once_and_pooled(tmp_path):
     assert all(set(row["runs"]) == {"0", "1"} for row in table["arms"].values())
     refused, _ = compare("--known", str(known), "epochs=3")
     assert refused.returncode == 2 and "give the same settings" in refused.stderr
-    # A run that cannot be is told, and the others stay.
-    broken, table = compare("winft.size=(0,0)")
+    refused, _ = compare("epochs=3")
+    assert refused.returncode == 2 and "or another folder" in refused.stderr
+    # A run that cannot be is told, and the others are made.
+    out = tmp_path / "others"
+    broken, table = compare("--arms", "vit,local", "--seeds", "0", "winft.size=(0,0)")
     assert broken.returncode == 1 and "at least 1x1" in table["failed"]["local_0"]
+    assert set(table["arms"]) == {"vit"}
