@@ -11,6 +11,7 @@ from tests.interactions import reference
 from vit_interact import TokenLayout
 from vit_interact import interactions as vx
 from vit_interact.interactions import by_head
+from vit_interact.interactions.indicators import edge_of_logits, gradient_of_logits
 from vit_interact.observe.ablation import enable_x64
 
 SINGLE = [name for name in vx.INDICATORS if name != "rollout"]
@@ -89,6 +90,25 @@ def test_dominant_weight_does_not_cancel(name, closeness):
     assert relative(found, expected) < 3e-6
     # Row 2 on its own scale, not only on the scale of the whole matrix.
     assert relative(found[2], expected[2]) < 3e-6
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (2, 3)])
+def test_edge_and_gradient_from_the_derivative_by_the_logits(lead):
+    """Also where one key holds nearly all of a row, and where it holds all."""
+    tensors = make(tokens=6, lead=lead)
+    weights = tensors["weights"]
+    weights[..., 2, :] = np.array([1 - 1e-6, 4e-7, 1e-7, 2e-7, 2e-7, 1e-7])
+    weights[..., 3, :] = np.eye(6)[4]
+    g = tensors["output_grad"]
+    slope = np.einsum("...ihk,...jhk->...hij", g, tensors["values"])
+    along = (weights * slope).sum(-1)
+    logit_grad = weights * (slope - along[..., None])
+    made = [jnp.asarray(array, jnp.float32) for array in (weights, logit_grad, along)]
+    assert relative(gradient_of_logits(*made), call("gradient", tensors)) < 1e-6
+    found = np.asarray(edge_of_logits(*made[:2]))
+    expected = np.asarray(call("edge", tensors))
+    assert relative(found, expected) < 3e-6
+    assert relative(found[..., 2, :], expected[..., 2, :]) < 3e-6
 
 
 @pytest.mark.parametrize("name", ["leave_one_out", "edge"])

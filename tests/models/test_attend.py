@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 
 from vit_interact import interactions as vx
+from vit_interact.interactions.indicators import edge_of_logits, gradient_of_logits
 from vit_interact.layout import TokenLayout
 from vit_interact.models.attend import (
     QueryBlocks,
     attend_in_blocks,
-    attention_gradients,
     explicit_attention,
     fused_attention,
     suitable_blocks,
 )
+from vit_interact.models.attend_backward import attention_gradients, gradients_in_blocks
 from vit_interact.models.bias import SeparableBias
 from vit_interact.models.blocks import Summed
 
@@ -132,11 +133,52 @@ def test_gradients_are_those_of_the_softmax():
         attended = explicit_attention(q, k, v, bias, mask)
         attend = lambda *inputs: explicit_attention(*inputs, mask).output  # noqa: E731
         expected = jax.vjp(attend, q, k, v, bias)[1](g)
-        return attention_gradients(attended, attended.output, g, bias), expected
+        return attention_gradients(attended, attended.output, g, bias)[0], expected
 
     for found, expected in zip(*both(), strict=True):
         close(found, expected)
-    assert attention_gradients(explicit_attention(q, k, v), q, g)[3] is None
+    assert attention_gradients(explicit_attention(q, k, v), q, g)[0][3] is None
+
+
+@pytest.mark.parametrize("kind", ["none", "array", "separable"])
+@pytest.mark.parametrize("blocks", [QueryBlocks(5), QueryBlocks(6, LAYOUT)])
+def test_derivative_of_a_layer_in_blocks_and_indicators_with_it(blocks, kind):
+    """Queries that a block repeats count once; the bias has a derivative, too."""
+    q, k, v, kernel, g = layer()
+    rng = np.random.default_rng(0)
+    mask = jnp.asarray(rng.random((2, 1, N, N)) < 0.7).at[0, 0, 3].set(False)
+    rows, cols = (jnp.asarray(rng.normal(size=(2, H, 12, n)), jnp.float32) for n in (3, 4))
+    separable = SeparableBias(rows, cols)
+    bias = {"none": None, "array": separable.full(N)[:, :1], "separable": separable}[kind]
+
+    def reduce(attended, g):
+        made = attended.backward
+        assert made is not None
+        return {
+            "edge": edge_of_logits(attended.weights, made.logits),
+            "gradient": gradient_of_logits(attended.weights, *made),
+        }
+
+    @jax.jit
+    def whole():
+        def attend(*inputs):
+            bias = inputs[3].full(N) if kind == "separable" else inputs[3]
+            return explicit_attention(*inputs[:3], bias, mask, kernel)
+
+        pull = jax.vjp(lambda *inputs: attend(*inputs).output, q, k, v, bias)[1]
+        return pull(g), backward(attend(q, k, v, bias), g)
+
+    @jax.jit
+    def in_blocks():
+        inputs = (q, k, v, bias, mask, kernel)
+        output = attend_in_blocks(inputs, blocks)[0]
+        return gradients_in_blocks(inputs, blocks, reduce, output, g)
+
+    (sides, found), (expected_sides, expected) = in_blocks(), whole()
+    for one, other in zip(jax.tree.leaves(sides), jax.tree.leaves(expected_sides), strict=True):
+        close(one, other)
+    for name in expected:
+        close(found[name], expected[name])
 
 
 def test_derivatives_through_blocks():

@@ -7,7 +7,8 @@ import pytest
 
 from tests.models.helpers import tiny
 from vit_interact import interactions as vx
-from vit_interact.models.attend import attention_gradients, explicit_attention
+from vit_interact.models.attend import explicit_attention
+from vit_interact.models.attend_backward import attention_gradients
 from vit_interact.models.vit import ViT
 
 H, N, K, D = 3, 5, 4, 6
@@ -25,7 +26,7 @@ def test_attention_and_its_derivatives(masked):
 
     def run(of, bias):
         attended = explicit_attention(query[of], key[of], value[of], bias, mask)
-        gradients = attention_gradients(attended, attended.output, g[of], bias)
+        gradients, _ = attention_gradients(attended, attended.output, g[of], bias)
         loss = lambda *sides: jnp.sum(explicit_attention(*sides, bias, mask).output * g[of])  # noqa: E731
         derived = jax.grad(loss, (0, 1, 2))(query[of], key[of], value[of])
         return *attended[3:6], *gradients[:3], *derived

@@ -82,6 +82,39 @@ def test_one_coverage_has_no_axis_and_options_are_checked():
         vi.measure(model, params, images, reduce="fields", keep=keep)
 
 
+def _count(jaxpr, name):
+    """How often a program has a primitive, loops counted as one pass."""
+    leaf = lambda one: hasattr(one, "eqns") or hasattr(one, "jaxpr")  # noqa: E731
+    parts = jax.tree.leaves([equation.params for equation in jaxpr.eqns], is_leaf=leaf)
+    inner = [getattr(part, "jaxpr", part) for part in parts if leaf(part)]
+    found = sum(equation.primitive.name == name for equation in jaxpr.eqns)
+    return found + sum(_count(one, name) for one in inner)
+
+
+@pytest.mark.parametrize("block", [None, 5])
+def test_indicators_share_the_backward_pass_of_their_layer(block):
+    """One softmax forward and one backward in each layer, whatever is measured."""
+    model, params, images = tiny()
+    names = ("edge", "gradient")
+    run = jax.make_jaxpr(lambda p, x: vi.measure(model, p, x, names, block=block))
+    assert _count(run(params, images).jaxpr, "reduce_max") == 2 * model.config.depth
+
+
+def test_second_derivatives_of_blocks():
+    """A loss on an indicator of gradients reaches the parameters as without blocks."""
+    model, params, images = tiny()
+
+    def loss(params, block):
+        return vi.measure(model, params, images, ("edge",), block=block)["edge"].sum()
+
+    expected = jax.tree.leaves(jax.jit(jax.grad(loss), static_argnums=1)(params, None))
+    found = jax.tree.leaves(jax.jit(jax.grad(loss), static_argnums=1)(params, 5))
+    scale = max(np.abs(leaf).max() for leaf in expected)
+    assert scale > 0
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5 * scale, rtol=0)
+
+
 @pytest.mark.parametrize(("name", "maps"), [("leave_one_out", 4), ("edge", 6)])
 def test_memory_at_1024_patches(name, maps):
     """Two layers of 6 heads: blocks take a few maps `[N, N]`, less than one layer's weights."""

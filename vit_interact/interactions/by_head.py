@@ -68,6 +68,27 @@ def cut_edges(weights: Array, values: Array) -> Cut:
     )
 
 
+def cut_by_logits(weights: Array, logit_grad: Array) -> Array:
+    """Effect on the score, to first order, of cutting each edge of one head.
+
+    Cutting `j` changes the score by `A/(1−A) g_i·(o_i − v_j)`, and `∂s/∂z_ij = A g_i·(v_j − o_i)`:
+    it is `−∂s/∂z_ij / (1−A)`. For the one key of a row that may have `A > ½` this is a small number
+    over a smaller one; there the effect comes from the other keys, which the query would turn to.
+
+    Args:
+      weights: `[..., M, N]`.
+      logit_grad: derivative of the score by the logits `z`, `[..., M, N]`.
+    """
+    dominates = weights > 0.5
+    rest = jnp.where(dominates, 0, weights)
+    rest_sum = jnp.sum(rest, axis=-1, keepdims=True)
+    rest_grad = jnp.sum(jnp.where(dominates, 0, logit_grad), axis=-1, keepdims=True)
+    others = rest_sum > 0
+    alone = jnp.where(others, _divide(rest_grad, jnp.where(others, rest_sum, 1)), 0)
+    dominant = jnp.where(others, weights * alone - logit_grad, 0)
+    return jnp.where(dominates, dominant, -logit_grad / (1 - rest))
+
+
 @jax.custom_jvp
 def _divide(numerator: Array, denominator: Array) -> Array:
     """A quotient whose derivative survives a tiny denominator, which jax's own would square."""

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 from vit_interact.interactions.by_head import (
     EXACT,
     add_heads,
+    cut_by_logits,
     cut_edges,
     is_single,
     mean_over_heads,
@@ -38,6 +39,7 @@ Weights = Float[Array, "*batch H M N"] | Float[np.ndarray, "*batch H M N"]
 Heads = Float[Array, "*batch N H K"] | Float[np.ndarray, "*batch N H K"]
 Gradients = Float[Array, "*batch M H K"] | Float[np.ndarray, "*batch M H K"]
 Kernel = Float[Array, "H K D"] | Float[np.ndarray, "H K D"]
+Maps = Float[Array, "*batch M N"]
 
 
 class Captures(NamedTuple):
@@ -209,15 +211,46 @@ def edge(
     values, output_grad = _centred(values, weights), _like(output_grad, weights)
 
     def of_head(weights: Array, v: Array, g: Array) -> Array:
-        cut = cut_edges(weights, v)
-        output, change = cut.of_rows(cut.rest_output, v)
-        along = jnp.sum(g * output, axis=-1)[..., :, None]
-        towards = jnp.einsum("...ik,...jk->...ij", g, v, precision=EXACT)
-        dominant = jnp.sum(g * change, axis=-1)[..., :, None]
-        return jnp.where(cut.dominates, dominant, cut.factor * (along - towards))
+        slope = jnp.einsum("...ik,...jk->...ij", g, v, precision=EXACT)
+        own = jnp.sum(weights * slope, axis=-1, keepdims=True)
+        return cut_by_logits(weights, weights * (slope - own))
 
     total = sum_over_heads(of_head, weights, (values, -2), (output_grad, -2))
     return total if signed else jnp.abs(total)
+
+
+@jax.jit
+def gradient_of_logits(weights: Array, logit_grad: Array, along: Array) -> Maps:
+    """`gradient`, from what a layer's own backward pass has made already.
+
+    `A g_i·v_j = ∂s/∂z_ij + A g_i·o_i`.
+
+    Args:
+      weights: attention weights `[..., H, M, N]`.
+      logit_grad: derivative of the score by the logits `z`, `[..., H, M, N]`.
+      along: `g_i·o_i`, `[..., H, M]`.
+    """
+    if is_single(weights.shape[:-3]):
+        return of_one(gradient_of_logits, weights, logit_grad, along[..., None])
+    along = along.reshape(*weights.shape[:-1], 1)
+
+    def of_head(weights: Array, logit_grad: Array, along: Array) -> Array:
+        return jax.nn.relu(logit_grad + weights * along)
+
+    return sum_over_heads(of_head, weights, (logit_grad, -3), (along, -3)) / weights.shape[-3]
+
+
+@jax.jit
+def edge_of_logits(weights: Array, logit_grad: Array) -> Maps:
+    """`edge`, from what a layer's own backward pass has made already.
+
+    Args:
+      weights: attention weights `[..., H, M, N]`.
+      logit_grad: derivative of the score by the logits, `[..., H, M, N]`.
+    """
+    if is_single(weights.shape[:-3]):
+        return of_one(edge_of_logits, weights, logit_grad)
+    return jnp.abs(sum_over_heads(cut_by_logits, weights, (logit_grad, -3)))
 
 
 def rollout(weights: Float[Array, "L *batch H N N"]) -> Float[Array, "L *batch N N"]:

@@ -35,6 +35,18 @@ SMALLEST_BLOCK = 128
 _OUTPUT = "output"
 
 
+class Backward(NamedTuple):
+    """What a layer's backward pass makes on its way, float32 or wider.
+
+    Attributes:
+      logits: derivative of a score by the logits, `[B, H, M, N]`.
+      along: `g · o` of each query and head, `[B, H, M]`.
+    """
+
+    logits: Array
+    along: Array
+
+
 class Attended(NamedTuple):
     """Everything one attention layer computed, for all its queries or a block of them.
 
@@ -48,6 +60,7 @@ class Attended(NamedTuple):
       out_kernel: `[H, K, D]`, multiplied by LayerScale where the model has it; None when unknown.
       queries: which tokens the `M` queries are; None for all, in order.
       prefix: whether they are the prefix tokens and no others.
+      backward: what the layer's own backward pass makes; None where it does not take part.
     """
 
     query: Array
@@ -59,6 +72,7 @@ class Attended(NamedTuple):
     out_kernel: Array | None
     queries: Int[Array, " M"] | Int[np.ndarray, " M"] | None = None
     prefix: bool = False
+    backward: Backward | None = None
 
 
 @runtime_checkable
@@ -142,7 +156,7 @@ def attention_logits(
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     # Heads to the front first: left to einsum, XLA's CPU multiplies strided matrices, and attention
     # takes twice as long.
-    query, key = _heads_first(query), _heads_first(key)
+    query, key = heads_first(query), heads_first(key)
     logits = jnp.einsum("...hik,...hjk->...hij", query, key, preferred_element_type=dtype)
     if bias is not None:
         logits = logits + bias.astype(dtype)
@@ -172,58 +186,16 @@ def explicit_attention(
 ) -> Attended:
     """Attention that keeps its weights. `query` is already scaled; see `Attended` for shapes."""
     if is_single(batch := query.shape[:-3]):
-        inputs = _without_batch(query, key, value, bias, mask)
+        inputs = without_batch(query, key, value, bias, mask)
         one = explicit_attention(*inputs, out_kernel=out_kernel)
         made = {name: getattr(one, name) for name in ("logits", "weights", "output")}
         made = {name: array.reshape(*batch, *array.shape) for name, array in made.items()}
         return one._replace(query=query, key=key, values=value, **made)
     logits = attention_logits(query, key, bias, mask)
     weights = attention_weights(logits, mask)
-    each = jnp.einsum("...hij,...hjk->...hik", weights.astype(value.dtype), _heads_first(value))
+    each = jnp.einsum("...hij,...hjk->...hik", weights.astype(value.dtype), heads_first(value))
     output = jnp.swapaxes(each, -3, -2)
     return Attended(query, key, value, logits, weights, output, out_kernel)
-
-
-def attention_gradients(
-    attended: Attended,
-    output: Float[Array, "*B M H K"],
-    grad: Float[Array, "*B M H K"],
-    bias: Float[Array, ...] | None = None,
-) -> tuple[Array, Array, Array, Array | None]:
-    """Derivatives of a score by query, key, value and bias.
-
-    As derived from the softmax, but `sum_j A_ij dA_ij` is `g_i · o_i` (Dao et al. 2022): a sum over
-    a head's channels and not over all keys.
-
-    Args:
-      attended: of all queries.
-      output: its output.
-      grad: derivative of the score by `output`.
-      bias: that the logits got, for its shape; None for none.
-    """
-    if bias is None and is_single(batch := grad.shape[:-3]):
-        names = ("query", "key", "values", "weights")
-        one = _without_batch(*(getattr(attended, name) for name in names))
-        alone = attended._replace(**dict(zip(names, one, strict=True)))
-        *found, _ = attention_gradients(alone, *_without_batch(output, grad))
-        dquery, dkey, dvalue = (one.reshape(*batch, *one.shape) for one in found)
-        return dquery, dkey, dvalue, None
-    g, value = _heads_first(grad), _heads_first(attended.values)
-    weights = attended.weights
-    slope = jnp.einsum("...ik,...jk->...ij", g, value, preferred_element_type=weights.dtype)
-    own = jnp.sum((grad * output).astype(weights.dtype), axis=-1)
-    dlogits = weights * (slope - jnp.swapaxes(own, -1, -2)[..., None])
-    # Products in the type of the layer, as XLA would derive them.
-    narrow = dlogits.astype(value.dtype)
-    dquery = jnp.einsum("...ij,...jk->...ik", narrow, _heads_first(attended.key))
-    dkey = jnp.einsum("...ij,...ik->...jk", narrow, _heads_first(attended.query))
-    dvalue = jnp.einsum("...ij,...ik->...jk", weights.astype(g.dtype), g)
-    dbias = None
-    if bias is not None:
-        spread = jax.vjp(lambda bias: jnp.broadcast_to(bias, dlogits.shape), bias)[1]
-        (dbias,) = spread(dlogits.astype(bias.dtype))
-    dquery, dkey, dvalue = (jnp.swapaxes(one, -3, -2) for one in (dquery, dkey, dvalue))
-    return dquery, dkey, dvalue, dbias
 
 
 def attend_in_blocks(
@@ -231,6 +203,7 @@ def attend_in_blocks(
     blocks: QueryBlocks,
     reduce: Callable[..., dict[str, Any]] | None = None,
     output_grad: Float[Array, "*B N H K"] | None = None,
+    output: Float[Array, "*B N H K"] | None = None,
 ) -> tuple[Float[Array, "*B N H K"], dict[str, Array]]:
     """Attention whose weights exist for one block of queries at a time, forward and backward.
 
@@ -241,6 +214,7 @@ def attend_in_blocks(
       reduce: maps the `Attended` of a block, and its gradients `[..., M, H, K]` where `output_grad`
         is given, to arrays `[..., M, ...]` or `Summed` arrays.
       output_grad: derivative of the score by the output.
+      output: where it is known already.
 
     Returns:
       The output, and what `reduce` gave for all queries, in the order of tokens.
@@ -248,15 +222,19 @@ def attend_in_blocks(
     query, key, value, bias, mask, out_kernel = inputs
     tokens, axis = query.shape[-3], query.ndim - 3
     # Transposed here once, and back in each block, where that cancels.
-    key, value = _heads_first(key), _heads_first(value)
+    key, value = heads_first(key), heads_first(value)
 
-    def block(q: Array, g: Array | None, queries: Any, prefix: bool) -> dict[str, Any]:
-        rows = _rows_of(bias, queries, key.shape[-2]), _rows_of(mask, queries, key.shape[-2])
-        sides = _heads_first(key), _heads_first(value)
-        attended = explicit_attention(q, *sides, *rows, out_kernel)
+    def block(rows: tuple[Any, ...], queries: Any, prefix: bool) -> dict[str, Any]:
+        q, g, o = rows
+        masks = rows_of(bias, queries, key.shape[-2]), rows_of(mask, queries, key.shape[-2])
+        sides = heads_first(key), heads_first(value)
+        attended = explicit_attention(q, *sides, *masks, out_kernel)
         attended = attended._replace(queries=queries, prefix=prefix)
+        if o is not None:
+            attended = attended._replace(output=o)
         arguments = (attended,) if g is None else (attended, g)
-        return {_OUTPUT: attended.output, **(reduce(*arguments) if reduce else {})}
+        found = reduce(*arguments) if reduce else {}
+        return found if o is not None else {_OUTPUT: attended.output, **found}
 
     groups, found = blocks.groups(tokens), []
     for place, numbers in enumerate(groups):
@@ -264,16 +242,18 @@ def attend_in_blocks(
 
         def one(xs: Any, prefix: bool = prefix) -> dict[str, Any]:
             # Without this, a derivative would keep the weights of all blocks.
-            step = jax.checkpoint(block, prevent_cse=False, static_argnums=(3,))
+            step = jax.checkpoint(block, prevent_cse=False, static_argnums=(2,))
             return step(*xs, prefix)
 
-        xs = (pick(query, numbers, axis), pick(output_grad, numbers, axis), numbers)
-        found.append(map_blocks(one, xs, query))
-    joined = join(found, groups, axis)
-    return joined.pop(_OUTPUT), joined
+        # A block may repeat queries: their second gradient is 0, so that sums have it once.
+        g = pick(output_grad, numbers, axis, once=True)
+        rows = pick(query, numbers, axis), g, pick(output, numbers, axis)
+        found.append(map_blocks(one, (rows, numbers), query))
+    joined = join(found, groups, axis, once=output_grad is not None)
+    return joined.pop(_OUTPUT) if output is None else output, joined
 
 
-def _rows_of(whole: Any, queries: Any, tokens: int) -> Array | None:
+def rows_of(whole: Any, queries: Any, tokens: int) -> Array | None:
     """Rows of a bias or mask that broadcasts to `[..., H, N, N]`."""
     if isinstance(whole, SeparableBias):
         return whole.of_queries(queries, tokens)
@@ -282,12 +262,13 @@ def _rows_of(whole: Any, queries: Any, tokens: int) -> Array | None:
     return jnp.take(whole, queries, axis=-2)
 
 
-def _without_batch(*arrays: Array | None) -> list[Any]:
+def without_batch(*arrays: Array | None) -> list[Any]:
     """Without leading axes before the last three, all of size 1; see `is_single`."""
     return [None if array is None else array.reshape(array.shape[-3:]) for array in arrays]
 
 
-def _heads_first(array: Float[Array, "*B N H K"]) -> Float[Array, "*B H N K"]:
+def heads_first(array: Float[Array, "*B N H K"]) -> Float[Array, "*B H N K"]:
+    """Heads before tokens."""
     return jnp.swapaxes(array, -3, -2)
 
 

@@ -6,7 +6,7 @@ tap exist:
 * **Forward taps** are sown into the `intermediates` collection: raw tensors, or whatever
   `Taps.reduce` makes of them, so that `[B, H, N, N]` can shrink to `[B, N, N]` inside the layer.
 * **Gradient taps** need `g = ds/do`. A layer that finds a zero "sink" in the `sinks` collection
-  makes the reduction of `g` the cotangent of that sink (`gradient_tap`). One `jax.grad` with
+  makes the reduction of `g` the derivative by that sink (`_attend_with_sinks`). One `jax.grad` with
   respect to the sinks then gives every layer's reduction in one backward pass, and the stack of
   all `g` never exists.
 
@@ -32,11 +32,11 @@ from vit_interact.models.attend import (
     QueryBlocks,
     Tiles,
     attend_by,
-    attention_gradients,
     explicit_attention,
     fused_attention,
     plain_attention,
 )
+from vit_interact.models.attend_backward import attention_gradients, gradients_in_blocks
 from vit_interact.models.bias import SeparableBias
 from vit_interact.models.dense import Dense
 
@@ -75,57 +75,53 @@ class Taps:
             raise ValueError(f"attention cannot sow {unknown}; it can sow {KINDS}")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def gradient_tap(
-    reduce_grad: Callable[[Any, Array], dict[str, Any]],
-    blocks: QueryBlocks | Tiles | None,
-    output: Array,
-    sinks: dict[str, Array],
-    inputs: tuple[Any, ...],
-) -> Array:
-    """Returns `output`; in the backward pass, `reduce_grad(attended, g)` becomes d/d`sinks`.
-
-    The weights are recomputed from `inputs = (query, key, value, bias, mask, out_kernel)`, in
-    `blocks` if given, so nothing but what the layer's own backward pass keeps is held for it.
-    Without blocks this is that backward pass, too: the same weights serve both.
-    """
-    del reduce_grad, blocks, sinks, inputs
-    return output
-
-
-def _gradient_tap_fwd(
-    reduce_grad: Any, blocks: Any, output: Array, sinks: dict[str, Array], inputs: tuple[Any, ...]
-) -> tuple[Array, tuple[Any, ...]]:
-    del reduce_grad, blocks, sinks
-    return output, (output, inputs)
-
-
-def _gradient_tap_bwd(
-    reduce_grad: Any, blocks: QueryBlocks | Tiles | None, kept: tuple[Any, ...], g: Array
-) -> tuple[Any, ...]:
-    output, inputs = kept
-    if blocks is not None:
-        return g, attend_by(inputs, blocks, reduce_grad, g)[1], None
-    attended = explicit_attention(*inputs)
-    gradients = attention_gradients(attended, output, g, bias=inputs[3])
-    return None, reduce_grad(attended, g), (*gradients, None, None)
-
-
-gradient_tap.defvjp(_gradient_tap_fwd, _gradient_tap_bwd)
-
-
-def _attend_and_sow(module: nn.Module, taps: Taps, inputs: tuple[Any, ...]) -> Array:
-    """Each head's output; what `taps` asks for is sown on the way."""
+def _attend(taps: Taps, inputs: tuple[Any, ...]) -> tuple[Array, dict[str, Array]]:
+    """Each head's output, and what `taps` asks for of the forward pass."""
     if taps.blocks is not None:
-        output, sown = attend_by(inputs, taps.blocks, taps.reduce)
+        return attend_by(inputs, taps.blocks, taps.reduce)
+    attended = explicit_attention(*inputs)
+    sown = {kind: getattr(attended, kind) for kind in taps.kinds}
+    return attended.output, sown | (taps.reduce(attended) if taps.reduce else {})
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend_with_sinks(
+    taps: Taps, sinks: dict[str, Array], inputs: tuple[Any, ...]
+) -> tuple[Array, dict[str, Array]]:
+    """`_attend`; in the backward pass, `taps.reduce_grad(attended, g)` becomes d/d`sinks`.
+
+    The weights are made again from `inputs = (query, key, value, bias, mask, out_kernel)`, in
+    `taps.blocks` if given, once for the layer's own derivative and the reduction.
+    """
+    del sinks
+    return _attend(taps, inputs)
+
+
+def _attend_with_sinks_fwd(taps: Taps, sinks: Any, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+    del sinks
+    output, sown = _attend(taps, inputs)
+    return (output, sown), (output, inputs)
+
+
+def _attend_with_sinks_bwd(
+    taps: Taps, kept: tuple[Any, ...], gradients: tuple[Array, Any]
+) -> tuple[Any, ...]:
+    (output, inputs), (g, _) = kept, gradients
+    reduce_grad: Any = taps.reduce_grad
+    if isinstance(taps.blocks, QueryBlocks):
+        sides, found = gradients_in_blocks(inputs, taps.blocks, reduce_grad, output, g)
+    elif taps.blocks is not None:
+        found = attend_by(inputs, taps.blocks, reduce_grad, g)[1]
+        alone = lambda *sides: attend_by((*sides, *inputs[3:]), taps.blocks)[0]  # noqa: E731
+        sides = (*jax.vjp(alone, *inputs[:3])[1](g), None)
     else:
         attended = explicit_attention(*inputs)
-        output = attended.output
-        sown = {kind: getattr(attended, kind) for kind in taps.kinds}
-        sown |= taps.reduce(attended) if taps.reduce else {}
-    for name, value in sown.items():
-        module.sow("intermediates", PREFIX + name, value)
-    return output
+        sides, made = attention_gradients(attended, output, g, inputs[3])
+        found = reduce_grad(attended._replace(backward=made), g)
+    return found, (*sides, None, None)
+
+
+_attend_with_sinks.defvjp(_attend_with_sinks_fwd, _attend_with_sinks_bwd)
 
 
 class MultiHeadDotProductAttention(nn.Module):
@@ -192,10 +188,13 @@ class MultiHeadDotProductAttention(nn.Module):
         kernel: Any = self.get_variable("params", "out")["kernel"]
         scaled = kernel if layer_scale is None else kernel * layer_scale
         inputs = (query, key, value, logit_bias, mask, scaled)
-        output = _attend_and_sow(self, taps, inputs)
         if taps.reduce_grad and self.has_variable(SINKS, "attention"):
             sinks: Any = self.get_variable(SINKS, "attention")
-            output = gradient_tap(taps.reduce_grad, taps.blocks, output, sinks, inputs)
+            output, sown = _attend_with_sinks(taps, sinks, inputs)
+        else:
+            output, sown = _attend(taps, inputs)
+        for name, found in sown.items():
+            self.sow("intermediates", PREFIX + name, found)
         return project_out(output)
 
 
@@ -221,9 +220,7 @@ class AttentionTap(nn.Module):
             self.sow("intermediates", PREFIX + kind, getattr(attended, kind))
         if self.has_variable(SINKS, "attention"):
             sinks: Any = self.get_variable(SINKS, "attention")
-            inputs = (query, key, value, bias, mask, None)
-            tapped = gradient_tap(output_gradient, None, attended.output, sinks, inputs)
-            return tapped, attended.weights
+            return attended.output + sinks["grad"], attended.weights
         return attended.output, attended.weights
 
 

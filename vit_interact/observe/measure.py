@@ -11,7 +11,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vit_interact.interactions.indicators import INDICATORS, NEEDS, Captures, check_name, roll
+from vit_interact.interactions.indicators import (
+    INDICATORS,
+    NEEDS,
+    Captures,
+    check_name,
+    edge_of_logits,
+    gradient_of_logits,
+    roll,
+)
 from vit_interact.interactions.streaming import Fields
 from vit_interact.models.attend import Attended, QueryBlocks, Tiles, Weightless, suitable_blocks
 from vit_interact.models.attention import Taps, output_gradient
@@ -272,6 +280,11 @@ def reduce_backward(
 def _evaluate(name: str, attended: Attended | Weightless, g: Array | None) -> Array:
     if not isinstance(attended, Attended):
         return attended.indicator(name, g)
+    made = attended.backward
+    if made is not None and name == "gradient":
+        return gradient_of_logits(attended.weights, made.logits, made.along)
+    if made is not None and name == "edge":
+        return edge_of_logits(attended.weights, made.logits)
     tensors = {
         "weights": attended.weights,
         "values": attended.values,

@@ -1,0 +1,109 @@
+"""The derivative of attention, which shares its weights with indicators that need gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vit_interact.interactions.by_head import is_single
+from vit_interact.models.attend import (
+    Attended,
+    Backward,
+    QueryBlocks,
+    attend_in_blocks,
+    heads_first,
+    rows_of,
+    without_batch,
+)
+from vit_interact.models.blocks import Summed
+
+_QUERY, _KEY, _VALUE, _BIAS = "dquery", "dkey", "dvalue", "dbias"
+
+
+def attention_gradients(
+    attended: Attended,
+    output: Float[Array, "*B M H K"],
+    grad: Float[Array, "*B M H K"],
+    bias: Float[Array, ...] | None = None,
+) -> tuple[tuple[Array, Array, Array, Array | None], Backward]:
+    """Derivatives of a score by query, key, value and bias, and what was made on the way.
+
+    As derived from the softmax, but `sum_j A_ij dA_ij` is `g_i · o_i` (Dao et al. 2022): a sum over
+    a head's channels and not over all keys.
+
+    Args:
+      attended: of all queries, or of some: those by key and value are then their part of a sum.
+      output: its output.
+      grad: derivative of the score by `output`.
+      bias: that the logits got, for its shape; None for none.
+    """
+    if bias is None and is_single(batch := grad.shape[:-3]):
+        names = ("query", "key", "values", "weights")
+        one = without_batch(*(getattr(attended, name) for name in names))
+        alone = attended._replace(**dict(zip(names, one, strict=True)))
+        (*sides, _), made = attention_gradients(alone, *without_batch(output, grad))
+        whole = [one.reshape(*batch, *one.shape) for one in (*sides, *made)]
+        return (whole[0], whole[1], whole[2], None), Backward(*whole[3:])
+    g, value = heads_first(grad), heads_first(attended.values)
+    weights = attended.weights
+    slope = jnp.einsum("...ik,...jk->...ij", g, value, preferred_element_type=weights.dtype)
+    # In a narrow type, `g · o` would be as rough as `o` is.
+    wide = output.dtype == weights.dtype
+    along = (
+        jnp.swapaxes(jnp.sum(grad * output, axis=-1), -1, -2)
+        if wide
+        else jnp.sum(weights * slope, axis=-1)
+    )
+    dlogits = weights * (slope - along[..., None])
+    # Products in the type of the layer, as XLA would derive them.
+    narrow = dlogits.astype(value.dtype)
+    dquery = jnp.einsum("...ij,...jk->...ik", narrow, heads_first(attended.key))
+    dkey = jnp.einsum("...ij,...ik->...jk", narrow, heads_first(attended.query))
+    dvalue = jnp.einsum("...ij,...ik->...jk", weights.astype(g.dtype), g)
+    dbias = None
+    if bias is not None:
+        spread = jax.vjp(lambda bias: jnp.broadcast_to(bias, dlogits.shape), bias)[1]
+        (dbias,) = spread(dlogits.astype(bias.dtype))
+    dquery, dkey, dvalue = (jnp.swapaxes(one, -3, -2) for one in (dquery, dkey, dvalue))
+    return (dquery, dkey, dvalue, dbias), Backward(dlogits, along)
+
+
+def gradients_in_blocks(
+    inputs: tuple[Any, ...],
+    blocks: QueryBlocks,
+    reduce: Callable[..., dict[str, Any]],
+    output: Float[Array, "*B N H K"],
+    grad: Float[Array, "*B N H K"],
+) -> tuple[tuple[Any, ...], dict[str, Array]]:
+    """Derivatives by query, key, value and bias, and what `reduce` gives, block by block.
+
+    Args:
+      inputs: as for `attend_in_blocks`.
+      blocks: which queries are worked on together.
+      reduce: as for `attend_in_blocks`; gets `Attended` with `backward`.
+      output: of the layer.
+      grad: derivative of the score by `output`.
+    """
+    bias = inputs[3]
+    tokens = inputs[1].shape[-3]
+    leaves, form = jax.tree.flatten(bias)
+
+    def both(attended: Attended, g: Array) -> dict[str, Any]:
+        rows, spread = None, None
+        if bias is not None:
+            rows, spread = jax.vjp(lambda bias: rows_of(bias, attended.queries, tokens), bias)
+        (*sides, by_rows), made = attention_gradients(attended, attended.output, g, rows)
+        found = {_QUERY: sides[0], _KEY: Summed(sides[1]), _VALUE: Summed(sides[2])}
+        if spread is not None:
+            parts = jax.tree.leaves(spread(by_rows))
+            found |= {f"{_BIAS}{place}": Summed(part) for place, part in enumerate(parts)}
+        return found | reduce(attended._replace(backward=made), g)
+
+    _, found = attend_in_blocks(inputs, blocks, both, grad, output)
+    parts = [found.pop(f"{_BIAS}{place}") for place in range(len(leaves))]
+    by_bias = jax.tree.unflatten(form, parts)
+    return (found.pop(_QUERY), found.pop(_KEY), found.pop(_VALUE), by_bias), found
