@@ -227,7 +227,7 @@ def test_no_weights_of_a_whole_layer_are_held():
         return attend_in_blocks(
             (q, k, v, None, None, w),
             blocks,
-            lambda a: {"x": vx.leave_one_out(a.weights, a.values, w)},
+            lambda a: {"x": vx.leave_one_out(a.weights, a.values, w, a.output)},
         )
 
     def derivative(q, k, v, w):

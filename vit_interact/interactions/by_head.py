@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,53 +18,29 @@ EXACT = jax.lax.Precision.HIGHEST
 _AT_ONCE = 2**18
 
 
-class Cut(NamedTuple):
-    """What cutting each edge of one head does to the head's output `o_i`.
+def split_dominant(weights: Array) -> tuple[Array, Array]:
+    """Where a key has `A > ½`, at most once in a row, and the weights without it.
 
-    Cutting `j` changes `o_i` by `factor_ij (o_i − v_j)`, except where `dominates`: there it is the
-    change that `of_rows` gives.
-    """
-
-    factor: Array  # [..., M, N], A/(1−A), 0 where the key dominates
-    dominates: Array  # bool [..., M, N]
-    which: Array  # [..., M, 1], number of the dominant key of a row, 0 where there is none
-    largest: Array  # [..., M, 1], its weight, 0 where there is none
-    rest_sum: Array  # [..., M, 1], weight of all other keys
-    rest_output: Array  # [..., M, K], their output
-
-    def of_rows(self, rest_output: Array, values: Array) -> tuple[Array, Array]:
-        """Outputs, and their changes where the dominant key is cut, both `[..., M, K]`.
-
-        Args:
-          rest_output: of this cut, or a linear map of it.
-          values: `[..., N, K]`, or the same map of them.
-        """
-        picked = jnp.take_along_axis(values, self.which, axis=-2, mode="promise_in_bounds")
-        value = jnp.where(self.largest > 0, picked, 0)
-        others = self.rest_sum > 0
-        alone = jnp.where(others, _divide(rest_output, jnp.where(others, self.rest_sum, 1)), value)
-        return rest_output + self.largest * value, self.largest * (alone - value)
-
-
-def cut_edges(weights: Array, values: Array) -> Cut:
-    """Closed form of cutting an edge, without cancellation at weights close to 1.
-
-    With `A → 1`, `A/(1−A) · (o − v)` is a huge number times a difference that rounding ate. At most
-    one key of a row has `A > ½`; for it `o' − o = A (o_rest − v)`, where `o_rest` is the output of
-    the other keys alone.
+    With `A → 1`, `A/(1−A) · (o − v)` is a huge number times a difference that rounding ate: what
+    cutting such a key does comes from the other keys.
     """
     dominates = weights > 0.5
-    rest = jnp.where(dominates, 0, weights)
-    # As a sum, the number of the one key that dominates shares the pass over the row.
-    keys = jnp.arange(weights.shape[-1], dtype=jnp.int32)
-    return Cut(
-        factor=rest / (1 - rest),
-        dominates=dominates,
-        which=jnp.sum(jnp.where(dominates, keys, 0), axis=-1, keepdims=True),
-        largest=jnp.sum(jnp.where(dominates, weights, 0), axis=-1, keepdims=True),
-        rest_sum=jnp.sum(rest, axis=-1, keepdims=True),
-        rest_output=jnp.einsum("...ij,...jk->...ik", rest, values, precision=EXACT),
-    )
+    return dominates, jnp.where(dominates, 0, weights)
+
+
+def cut_dominant(rest_output: Array, rest_sum: Array, output: Array) -> Array:
+    """Change of a head's output where the key that dominates a row is cut, `[..., M, K]`.
+
+    `A (o_rest − v)`, where `o_rest` is the output of the other keys alone.
+
+    Args:
+      rest_output: what the other keys contribute, `[..., M, K]`.
+      rest_sum: their weight, `[..., M, 1]`; 0 gives no change.
+      output: of all keys, `[..., M, K]`.
+    """
+    others = rest_sum > 0
+    alone = _divide(rest_output, jnp.where(others, rest_sum, 1))
+    return jnp.where(others, (1 - rest_sum) * alone - (output - rest_output), 0)
 
 
 def cut_by_logits(weights: Array, logit_grad: Array) -> Array:
@@ -79,8 +54,7 @@ def cut_by_logits(weights: Array, logit_grad: Array) -> Array:
       weights: `[..., M, N]`.
       logit_grad: derivative of the score by the logits `z`, `[..., M, N]`.
     """
-    dominates = weights > 0.5
-    rest = jnp.where(dominates, 0, weights)
+    dominates, rest = split_dominant(weights)
     rest_sum = jnp.sum(rest, axis=-1, keepdims=True)
     rest_grad = jnp.sum(jnp.where(dominates, 0, logit_grad), axis=-1, keepdims=True)
     others = rest_sum > 0

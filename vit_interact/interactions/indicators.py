@@ -27,10 +27,11 @@ from vit_interact.interactions.by_head import (
     EXACT,
     add_heads,
     cut_by_logits,
-    cut_edges,
+    cut_dominant,
     is_single,
     mean_over_heads,
     of_one,
+    split_dominant,
     sum_over_heads,
 )
 from vit_interact.interactions.views import normalise_rows, widen
@@ -148,7 +149,7 @@ def gradient(weights: Weights, values: Heads, output_grad: Gradients) -> Float[A
 
 @jax.jit
 def leave_one_out(
-    weights: Weights, values: Heads, out_kernel: Kernel
+    weights: Weights, values: Heads, out_kernel: Kernel, output: Gradients | None = None
 ) -> Float[Array, "*batch M N"]:
     """Size of the change of the attention update of `i` when the edge from `j` is cut.
 
@@ -159,33 +160,48 @@ def leave_one_out(
       weights: attention weights `[..., H, M, N]`.
       values: `[..., N, H, K]`.
       out_kernel: `[H, K, D]`.
+      output: of each head, `[..., M, H, K]`; made anew without it, or where its type is narrower
+        than that of the weights.
 
     Returns:
       `[..., M, N]`, in units of the residual stream. 0 where `i` attends to nothing else.
     """
     if is_single(weights.shape[:-3]):
-        return of_one(leave_one_out, weights, values, out_kernel)
+        given = () if output is None else (output,)
+        return of_one(leave_one_out, weights, values, out_kernel, *given)
     weights = widen(weights)
-    values, kernel = _centred(values, weights), _like(out_kernel, weights)
+    kernel = _like(out_kernel, weights)
     metric = jnp.einsum("hkd,hld->hkl", kernel, kernel, precision=EXACT)  # M_h = W_h W_hᵀ
+    mean = jnp.mean(_like(values, weights), axis=-3, keepdims=True)
+    # Differences stay, the big terms of the expansion below shrink.
+    v = jnp.swapaxes(_like(values, weights) - mean, -3, -2)  # [..., H, N, K]
+    if output is None or output.dtype != weights.dtype:
+        o = jnp.einsum("...ij,...jk->...ik", weights, v, precision=EXACT)
+    else:
+        o = jnp.swapaxes(jnp.asarray(output) - mean, -3, -2)
+    # ‖(o_i − v_j)W‖² expanded, so that no [.., M, N, K] exists, and all of it as one product: XLA's
+    # CPU is slow where sums over channels meet as rows and columns. The side of the keys is made
+    # for all heads, and so not again for each block of queries.
+    of_images = jnp.broadcast_to(metric, (*v.shape[:-2], *metric.shape[-2:]))
+    keys_m = jnp.einsum("...jk,...kl->...jl", v, of_images, precision=EXACT)
+    own_value = jnp.sum(keys_m * v, axis=-1, keepdims=True)
+    keys = jnp.concatenate([v, jnp.ones_like(own_value), own_value], axis=-1)
 
-    def of_head(weights: Array, v: Array, m: Array) -> Array:
-        cut = cut_edges(weights, v)
-        rest_m = jnp.einsum("...ik,kl->...il", cut.rest_output, m, precision=EXACT)
-        value_m = jnp.einsum("...jk,kl->...jl", v, m, precision=EXACT)
-        output, change = cut.of_rows(cut.rest_output, v)
-        output_m, change_m = cut.of_rows(rest_m, value_m)
-        # ‖(o_i − v_j)W‖² expanded, so that no [.., M, N, K] exists, and all of it as one product:
-        # XLA's CPU is slow where sums over channels meet as rows and columns.
-        own_output = jnp.sum(output_m * output, axis=-1, keepdims=True)
-        own_value = jnp.sum(value_m * v, axis=-1, keepdims=True)
-        left = jnp.concatenate([-2 * output_m, own_output, jnp.ones_like(own_output)], axis=-1)
-        right = jnp.concatenate([v, jnp.ones_like(own_value), own_value], axis=-1)
-        distance = jax.nn.relu(jnp.einsum("...ik,...jk->...ij", left, right, precision=EXACT))
+    def of_head(weights: Array, keys: Array, o: Array, m: Array) -> Array:
+        o_m = jnp.einsum("...ik,kl->...il", o, m, precision=EXACT)
+        own_output = jnp.sum(o_m * o, axis=-1, keepdims=True)
+        queries = jnp.concatenate([-2 * o_m, own_output, jnp.ones_like(own_output)], axis=-1)
+        distance = jnp.einsum("...ik,...jk->...ij", queries, keys, precision=EXACT)
+        dominates, rest = split_dominant(weights)
+        kept = jnp.einsum("...ij,...jk->...ik", rest, keys[..., :-2], precision=EXACT)
+        change = cut_dominant(kept, jnp.sum(rest, axis=-1, keepdims=True), o)
+        change_m = jnp.einsum("...ik,kl->...il", change, m, precision=EXACT)
         dominant = jax.nn.relu(jnp.sum(change_m * change, axis=-1))[..., None]
-        return jnp.where(cut.dominates, dominant, jnp.square(cut.factor) * distance)
+        factor = rest / (1 - rest)
+        return jnp.where(dominates, dominant, jnp.square(factor) * jax.nn.relu(distance))
 
-    return _safe_sqrt(sum_over_heads(of_head, weights, (values, -2), (metric, -3)))
+    sides = ((keys, -3), (o, -3), (metric, -3))
+    return _safe_sqrt(sum_over_heads(of_head, weights, *sides))
 
 
 @functools.partial(jax.jit, static_argnames="signed")

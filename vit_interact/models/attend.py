@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vit_interact.interactions.by_head import is_single
 from vit_interact.layout import TokenLayout
 from vit_interact.models.bias import SeparableBias
-from vit_interact.models.blocks import join, map_blocks, pick
+from vit_interact.models.blocks import Places, join, map_blocks, pick
 
 WEIGHT_BYTES = 8 * 2**20
 """Attention weights that exist at a time, when nothing else is asked for (docs/kernels.md)."""
@@ -236,20 +236,22 @@ def attend_in_blocks(
         found = reduce(*arguments) if reduce else {}
         return found if o is not None else {_OUTPUT: attended.output, **found}
 
-    groups, found = blocks.groups(tokens), []
-    for place, numbers in enumerate(groups):
-        prefix = len(groups) > 1 and place == 0
+    # A block may repeat queries: one of their gradients is 0, so that sums have it once.
+    once = output_grad is not None
+    places, found = [Places.of(numbers) for numbers in blocks.groups(tokens)], []
+    for place in places:
+        prefix = len(places) > 1 and place is places[0]
 
         def one(xs: Any, prefix: bool = prefix) -> dict[str, Any]:
             # Without this, a derivative would keep the weights of all blocks.
             step = jax.checkpoint(block, prevent_cse=False, static_argnums=(2,))
             return step(*xs, prefix)
 
-        # A block may repeat queries: their second gradient is 0, so that sums have it once.
-        g = pick(output_grad, numbers, axis, once=True)
-        rows = pick(query, numbers, axis), g, pick(output, numbers, axis)
-        found.append(map_blocks(one, (rows, numbers), query))
-    joined = join(found, groups, axis, once=output_grad is not None)
+        numbers = place.numbers
+        rows = pick(query, numbers, axis), pick(output_grad, numbers, axis, once)
+        xs = ((*rows, pick(output, numbers, axis)), numbers)
+        found.append(map_blocks(one, xs, place, axis, query, once))
+    joined = join(found, places, axis)
     return joined.pop(_OUTPUT) if output is None else output, joined
 
 

@@ -11,8 +11,6 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from vit_interact.models.cpu import on_cpu
-
 
 class Summed(NamedTuple):
     """Marks what a reduction adds up over queries: blocks are added, not put side by side."""
@@ -20,84 +18,109 @@ class Summed(NamedTuple):
     total: Array
 
 
+class Places(NamedTuple):
+    """Where rows of blocks of one size come from, and where they go.
+
+    Attributes:
+      numbers: tokens of each block, `[blocks, M]`.
+      starts: first row of each block in the result; a later block is written over an earlier one.
+      length: rows of the result.
+      order: the tokens in it.
+    """
+
+    numbers: np.ndarray
+    starts: np.ndarray
+    length: int
+    order: np.ndarray
+
+    @classmethod
+    def of(cls, numbers: np.ndarray) -> Places:
+        """Neighbours go where they belong at once, others one block behind the other."""
+        count, size = numbers.shape
+        first = numbers[:, :1]
+        if (numbers == first + np.arange(size)).all():
+            order = np.arange(numbers.min(), numbers.max() + 1)
+            return cls(numbers, numbers[:, 0] - order[0], len(order), order)
+        return cls(numbers, size * np.arange(count), numbers.size, numbers.reshape(-1))
+
+
 def pick(array: Array | None, numbers: np.ndarray, axis: int, once: bool = False) -> Array | None:
-    """The tokens of each block, blocks first; with `once`, zeros where a token comes again."""
+    """The tokens of each block, blocks first; with `once`, zeros where one comes again later."""
     if array is None:
         return None
     picked = jnp.take(array, numbers.reshape(-1), axis=axis)
-    first = np.zeros(numbers.size, bool)
-    first[np.unique(numbers, return_index=True)[1]] = True
-    if once and not first.all():
-        picked = jnp.where(first.reshape(-1, *(1,) * (array.ndim - axis - 1)), picked, 0)
+    last = np.zeros(numbers.size, bool)
+    last[numbers.size - 1 - np.unique(numbers.reshape(-1)[::-1], return_index=True)[1]] = True
+    if once and not last.all():
+        picked = jnp.where(last.reshape(-1, *(1,) * (array.ndim - axis - 1)), picked, 0)
     shape = (*array.shape[:axis], *numbers.shape, *array.shape[axis + 1 :])
     return jnp.moveaxis(picked.reshape(shape), axis, 0)
 
 
-def map_blocks(function: Callable[[Any], Any], xs: Any, like: Array) -> Any:
-    """`lax.map`, but that `Summed` results are added up; on a CPU with less memory.
+def map_blocks(
+    function: Callable[[Any], dict[str, Any]],
+    xs: Any,
+    places: Places,
+    axis: int,
+    like: Array,
+    once: bool = False,
+) -> dict[str, Any]:
+    """Rows of all blocks from a function of one; `Summed` ones are added up.
 
-    `lax.map` writes results over constant zeros. XLA's CPU compiler copies those for all layers of
-    a model ahead of time: three quarters of the temporary memory of `attention` at 518 pixels. So
-    they are written over some number of `like` there, and sums begin at a zero made of it.
+    Rows are written where they belong, so that no second copy of them exists. They go over some
+    number of `like`: XLA's CPU compiler would copy constant zeros for all layers of a model ahead
+    of time (three quarters of the temporary memory of `attention` at 518 pixels).
+
+    Args:
+      function: of one block's part of `xs`; gives arrays with their rows at `axis`, and `Summed`.
+      xs: blocks at axis 0.
+      places: of the rows.
+      axis: of the rows.
+      like: any array that depends on the inputs as the results do.
+      once: whether queries that come again add nothing to sums.
+
+    Raises:
+      ValueError: for sums over blocks that share queries.
     """
-    if not on_cpu() or not like.size:
-        found = lax.map(function, xs)
-        return jax.tree.map(
-            lambda one: Summed(one.total.sum(axis=0)) if isinstance(one, Summed) else one,
-            found, is_leaf=_is_sum,
-        )  # fmt: skip
     made = jax.eval_shape(function, jax.tree.map(lambda x: x[0], xs))
-    count = len(jax.tree.leaves(xs)[0])
-    some = lax.stop_gradient(like[(0,) * like.ndim])
-    zero = jnp.minimum(jnp.abs(some), 0)
+    repeated = len(np.unique(places.numbers)) < places.numbers.size
+    if repeated and not once and any(isinstance(one, Summed) for one in made.values()):
+        raise ValueError("blocks that share queries cannot be added up")
+    some = lax.stop_gradient(like[(0,) * like.ndim]) if like.size else jnp.zeros((), like.dtype)
 
     def begin(one: Any) -> Any:
         if isinstance(one, Summed):
-            return Summed(jnp.broadcast_to(zero.astype(one.total.dtype), one.total.shape))
-        return jnp.broadcast_to(some.astype(one.dtype), (count, *one.shape))
+            zero = jnp.minimum(jnp.abs(some), 0).astype(one.total.dtype)
+            return Summed(jnp.broadcast_to(zero, one.total.shape))
+        shape = (*one.shape[:axis], places.length, *one.shape[axis + 1 :])
+        return jnp.broadcast_to(some.astype(one.dtype), shape)
 
-    def step(found: Any, index_and_x: tuple[Array, Any]) -> tuple[Any, None]:
-        index, x = index_and_x
+    def step(found: dict[str, Any], block: tuple[Array, Any]) -> tuple[dict[str, Any], None]:
+        start, x = block
 
         def put(whole: Any, one: Any) -> Any:
             if isinstance(one, Summed):
                 return Summed(whole.total + one.total)
-            return lax.dynamic_update_index_in_dim(whole, one, index, 0)
+            return lax.dynamic_update_slice_in_dim(whole, one, start, axis)
 
-        return jax.tree.map(put, found, function(x), is_leaf=_is_sum), None
+        new = function(x)
+        return {name: put(found[name], new[name]) for name in found}, None
 
-    start = jax.tree.map(begin, made, is_leaf=_is_sum)
-    return lax.scan(step, start, (jnp.arange(count), xs))[0]
-
-
-def _is_sum(one: Any) -> bool:
-    return isinstance(one, Summed)
+    start = {name: begin(one) for name, one in made.items()}
+    return lax.scan(step, start, (jnp.asarray(places.starts, jnp.int32), xs))[0]
 
 
-def join(
-    found: list[dict[str, Any]], groups: tuple[np.ndarray, ...], axis: int, once: bool = False
-) -> dict[str, Array]:
-    """Puts blocks together: in the order of tokens, or added up.
-
-    `once`: queries that come again add nothing to sums.
-    """
+def join(found: list[dict[str, Any]], places: list[Places], axis: int) -> dict[str, Array]:
+    """Puts blocks of different sizes together: in the order of tokens, or added up."""
     joined = {}
     for name in {name: None for part in found for name in part}:
-        having = [(part[name], g) for part, g in zip(found, groups, strict=True) if name in part]
-        numbers = np.concatenate([g.reshape(-1) for _, g in having])
-        order = np.unique(numbers, return_index=True)[1]
-        if isinstance(having[0][0], Summed):
-            if len(order) != len(numbers) and not once:
-                raise ValueError("blocks that share queries cannot be added up")
-            joined[name] = sum(part.total for part, _ in having)
+        having = [(part[name], p) for part, p in zip(found, places, strict=True) if name in part]
+        parts = [part for part, _ in having]
+        if isinstance(parts[0], Summed):
+            joined[name] = sum(part.total for part in parts)
             continue
-        flat = [
-            jnp.moveaxis(part, 0, axis).reshape(
-                *part.shape[1 : axis + 1], -1, *part.shape[axis + 2 :]
-            )
-            for part, _ in having
-        ]
-        rows = flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=axis)
+        rows = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=axis)
+        order = np.argsort(np.concatenate([p.order for _, p in having]))
         joined[name] = _in_order(rows, order, axis)
     return joined
 

@@ -294,7 +294,8 @@ def _evaluate(name: str, attended: Attended | Weightless, g: Array | None) -> Ar
     for need in NEEDS[name]:
         if tensors[need] is None:
             raise ValueError(f"{name} needs {need}, which this model's attention does not expose")
-    return INDICATORS[name](*(tensors[need] for need in NEEDS[name]))
+    more = {"output": attended.output} if name == "leave_one_out" else {}
+    return INDICATORS[name](*(tensors[need] for need in NEEDS[name]), **more)
 
 
 def _stack_in_place(layers: list[Array]) -> Array:
