@@ -23,13 +23,13 @@ from vit_interact.layout import TokenLayout
 from vit_interact.models.bias import SeparableBias
 from vit_interact.models.blocks import Places, join, map_blocks, pick
 
-WEIGHT_BYTES = 8 * 2**20
+WEIGHT_BYTES = 16 * 2**20
 """Attention weights that exist at a time, when nothing else is asked for (docs/kernels.md)."""
 
 ACCELERATOR_BYTES = 512 * 2**20
 """The same on an accelerator, which wants larger pieces of work."""
 
-SMALLEST_BLOCK = 128
+SMALLEST_BLOCK = 256
 """Queries in a block at least: of fewer, what is done anew for each block takes over."""
 
 _OUTPUT = "output"
