@@ -13,7 +13,13 @@ import vit_interact as vi
 from tests.train import tiny
 from vit_interact.models.config import ViTConfig, WindowConfig
 from vit_interact.train import speed
-from vit_interact.train.config import as_json, check_config, default_config, differences
+from vit_interact.train.config import (
+    as_json,
+    check_config,
+    completed,
+    default_config,
+    differences,
+)
 from vit_interact.train.evaluate import BINS, Evaluation
 from vit_interact.train.optimizer import make_optimizer, make_schedule, rate_factors
 from vit_interact.train.sharding import check_mesh, make_mesh, spec_of, state_sharding
@@ -82,6 +88,16 @@ def test_differences_leave_out_what_changes_no_number():
     assert differences(one, as_json(other)) == []
     other.model.name = "vit_b16"
     assert differences(one, as_json(other)) == ["config.model.name: 'vit_s16', now 'vit_b16'"]
+
+
+def test_a_setting_that_an_older_config_lacks_is_its_default():
+    now = default_config()
+    older = as_json(now)
+    del older["winft"]["detach"]
+    assert differences(older, as_json(now)) != []
+    assert differences(completed(older), as_json(now)) == []
+    now.winft.detach = True
+    assert differences(completed(older), as_json(now)) == ["config.winft.detach: False, now True"]
 
 
 def test_schedules():

@@ -11,7 +11,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from vit_interact.train.config import differences
+from vit_interact.train.config import completed, differences
 from vit_interact.train.state import TrainState
 
 FOLDER = "checkpoints"
@@ -130,7 +130,7 @@ class Checkpoints:
             except Exception as error:  # whatever a damaged file makes a reader raise
                 problems.append(self._unreadable(step, error))
                 continue
-            changed = differences(before, config)
+            changed = differences(completed(before), config)
             if changed and on_change == "error":
                 raise ValueError(
                     f"{self.folder / str(step)} is of another config: {'; '.join(changed)}. Use "

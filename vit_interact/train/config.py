@@ -286,3 +286,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") 
         else:
             told.append(f"config.{place}: {before!r}, now {now!r}")
     return told
+
+
+def completed(old: Mapping[str, Any], known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """An older version's config, and what it lacks by default: new defaults change nothing."""
+    known = as_json(default_config()) if known is None else known
+    found = {**known, **old}
+    for name, default in known.items():
+        if isinstance(default, Mapping) and isinstance(old.get(name), Mapping):
+            found[name] = completed(old[name], default)
+    return found
