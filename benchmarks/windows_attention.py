@@ -11,19 +11,15 @@ grid. That is the friendly case, as neighbours' windows overlap; `--windows` tak
 which differ from patch to patch and so save less. Products are those of queries with keys,
 computed over all N x N. Dense is measured twice: what this package's models use, and
 `jax.nn.dot_product_attention`, which on a GPU is cuDNN's flash attention when the type is
-bfloat16. All alternate in one process; medians of wall time, and of CPU time of all threads,
-which other programs on the machine disturb less.
+bfloat16. `faster` and `faster_than_jax` are their times over that of windows, the median over
+turns in one process; `cpu_...` the same of the processor's time, which other programs disturb less.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
-import os
 import pathlib
-import platform
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import common
 from vit_interact.interactions.windows import window_area
 from vit_interact.layout import TokenLayout
 from vit_interact.models.attend import fused_attention
@@ -56,28 +53,6 @@ def box_windows(layout: TokenLayout, area: float) -> np.ndarray:
     size = max(1, round(layout.rows * area**0.5))
     first = np.clip(layout.positions() - size // 2, 0, layout.rows - size)
     return np.concatenate([first, first + size], axis=1).astype(np.int32)
-
-
-def times(
-    functions: dict[str, Callable[..., Any]], arguments: tuple[Any, ...], repeats: int
-) -> dict[str, dict[str, float]]:
-    """Median milliseconds of wall and CPU time and temporary MiB of each, taken in turns."""
-    compiled = {name: jax.jit(f).lower(*arguments).compile() for name, f in functions.items()}
-    for run in compiled.values():
-        jax.block_until_ready(run(*arguments))
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in compiled}
-    for _ in range(repeats):
-        for name, run in compiled.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            jax.block_until_ready(run(*arguments))
-            taken[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-    result = {}
-    for name, run in compiled.items():
-        wall_ms, cpu_ms = 1e3 * np.median(np.array(taken[name]), axis=0)
-        memory = run.memory_analysis()
-        mib = memory.temp_size_in_bytes / 2**20 if memory else float("nan")
-        result[name] = {"wall_ms": wall_ms, "cpu_ms": cpu_ms, "temporary_mib": mib}
-    return result
 
 
 def measure(
@@ -107,11 +82,23 @@ def measure(
         "windows": whole(lambda q, k, v, w: window_attention(q, k, v, w, layout, kernel)),
     }
     arguments = (query / WIDTH**0.5, key, value, boxes, grad)
+    compiled = {name: jax.jit(f).lower(*arguments).compile() for name, f in functions.items()}
+    calls = {name: functools.partial(run, *arguments) for name, run in compiled.items()}
+    times = common.take_turns(calls, options.repeats)
+    ours, dense, other = (times[name] for name in ("windows", "dense", "jax"))
     return {
         "patches": layout.num_patches,
         "area": float(window_area(windows, layout).mean()),
         "products": float(share),
-        **times(functions, arguments, options.repeats),
+        "dense_ms": 1e3 * dense.seconds,
+        "jax_ms": 1e3 * other.seconds,
+        "windows_ms": 1e3 * ours.seconds,
+        "faster": dense.ratio(ours),
+        "cpu_faster": dense.cpu_ratio(ours),
+        "faster_than_jax": other.ratio(ours),
+        "cpu_faster_than_jax": other.cpu_ratio(ours),
+        "dense_mib": common.temporary_mib(compiled["dense"]),
+        "windows_mib": common.temporary_mib(compiled["windows"]),
     }
 
 
@@ -124,21 +111,15 @@ def peer(dtype: str) -> Callable[..., Any]:
 
 
 def main() -> None:
-    """Prints the table, or one JSON object."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    parser.add_argument("--repeats", type=int, default=5)
+    """Runs the benchmark."""
+    parser = common.make_parser(__doc__, repeats=5)
     parser.add_argument("--backward", action="store_true", help="forward and backward together")
     parser.add_argument("--windows", type=pathlib.Path, help="windows to time instead, a .npy file")
     parser.add_argument("--kernel", choices=("pallas",), help="instead of XLA; CPUs interpret it")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--batch", type=int, default=1, help="images")
     options = parser.parse_args()
-    setting = {
-        "device": jax.devices()[0].device_kind,
-        "cpu_count": os.cpu_count(),
+    fixed = {
         "heads": HEADS,
         "head_width": WIDTH,
         "dtype": options.dtype,
@@ -146,23 +127,11 @@ def main() -> None:
         "kernel": options.kernel or "xla",
         "peer": peer(options.dtype).keywords["implementation"] or "xla",
         "backward": options.backward,
-        "python": platform.python_version(),
-        "jax": jax.__version__,
     }
-    if not options.json:
-        print(", ".join(f"{name} {value}" for name, value in setting.items()))
-        print(
-            f"{'what':>22} {'area':>5} {'products':>8} {'dense ms':>9} {'jax ms':>9} "
-            f"{'windows':>9} {'faster':>7} {'than jax':>8} {'(CPU time)':>12}"
-        )
-    results = []
+    report = common.Report("windows_attention", fixed)
     for what, layout, windows in _cases(options.windows):
-        line = {"what": what, **measure(layout, windows, options)}
-        results.append(line)
-        if not options.json:
-            print(_row(line), flush=True)
-    if options.json:
-        print(json.dumps({**setting, "results": results}))
+        report.add(what=what, **measure(layout, windows, options))
+    report.show(options.json)
 
 
 def _cases(file: pathlib.Path | None) -> list[tuple[str, TokenLayout, np.ndarray]]:
@@ -181,17 +150,6 @@ def _cases(file: pathlib.Path | None) -> list[tuple[str, TokenLayout, np.ndarray
             cases.append((f"{pixels} px, coverage {coverage}", layout, windows))
         cases.append((f"{pixels} px, quarter", layout, box_windows(layout, 0.25)))
     return cases
-
-
-def _row(line: dict[str, Any]) -> str:
-    dense, peer, windows = (line[name] for name in ("dense", "jax", "windows"))
-    return (
-        f"{line['what']:>22} {line['area']:5.2f} {line['products']:8.2f} {dense['wall_ms']:9.1f} "
-        f"{peer['wall_ms']:9.1f} {windows['wall_ms']:9.1f} "
-        f"{dense['wall_ms'] / windows['wall_ms']:6.2f}x "
-        f"{peer['wall_ms'] / windows['wall_ms']:7.2f}x "
-        f"{dense['cpu_ms'] / windows['cpu_ms']:5.2f}x {peer['cpu_ms'] / windows['cpu_ms']:5.2f}x"
-    )
 
 
 if __name__ == "__main__":

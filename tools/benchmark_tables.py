@@ -1,11 +1,11 @@
-"""Runs the benchmarks of docs/benchmarks.md and fills its tables from their JSON files.
+"""Runs the benchmarks of docs/benchmarks.md and kernels.md and fills tables from their JSON files.
 
     python -m tools.benchmark_tables --run           # all of them: about an hour on two idle cores
     python -m tools.benchmark_tables --run fields    # some, then the tables
     python -m tools.benchmark_tables                 # the tables alone
-    python -m tools.benchmark_tables --check         # exit code 1 when the page is out of date
+    python -m tools.benchmark_tables --check         # exit code 1 when a page is out of date
 
-A run leaves `docs/benchmarks/NAME.json`. The page holds a pair of comments for each,
+A run leaves `docs/benchmarks/NAME.json`. A page holds a pair of comments for each,
 `<!-- table NAME -->` and `<!-- end -->`; what stands between them is replaced by when, on what and
 by which command it was measured, and by the table.
 """
@@ -24,17 +24,21 @@ from typing import Any
 from benchmarks.common import columns_of, shown
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGE, RESULTS = DOCS / "benchmarks.md", DOCS / "benchmarks"
+PAGES, RESULTS = (DOCS / "benchmarks.md", DOCS / "kernels.md"), DOCS / "benchmarks"
+_AT_1024 = ["--image-size", "1024", "--batch", "1", "--depth", "2"]
 COMMANDS: dict[str, list[str]] = {
     "indicators": ["indicators", "--models", "vit_s16", "--batches", "1,8", "--memory"],
     "indicators_518": ["indicators", "--models", "vit_s14@518", "--batches", "1", "--memory"],
     "indicators_b16": ["indicators", "--models", "vit_b16", "--batches", "1,8", "--repeats", "3"],
     "indicators_32": ["indicators", "--models", "vit_s16", "--batches", "32", "--repeats", "3"],
+    "blocks": ["blocks"],
     "fields": ["fields"],
     "windows": ["windows"],
+    "windows_attention": ["windows_attention"],
     "statistics": ["statistics", "--parts", "survey,update,memory"],
     "high_resolution": ["high_resolution"],
     "memory": ["memory"],
+    "memory_1024": ["memory", *_AT_1024, "--only", "leave_one_out", "edge"],
     "scaling": ["scaling"],
     "scaling_vit_b16": ["scaling", "--volume-of", "vit_b16", "--batch", "64"],
     "training": ["training"],
@@ -61,11 +65,12 @@ def main() -> None:
             parser.error(f"{unknown[0]}: expected some of {', '.join(COMMANDS)}")
         for name in options.run or COMMANDS:
             run(name)
-    page = PAGE.read_text("utf-8")
-    filled = fill(page)
-    if options.check:
-        sys.exit(page != filled and f"{PAGE} is out of date: python -m tools.benchmark_tables")
-    PAGE.write_text(filled, "utf-8")
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        filled = fill(text)
+        if options.check and text != filled:
+            sys.exit(f"{page} is out of date: python -m tools.benchmark_tables")
+        page.write_text(filled, "utf-8")
 
 
 def run(name: str) -> None:

@@ -76,6 +76,16 @@ def test_indicators_are_those_of_pytorch(run, shallow):
 
 
 @pytest.mark.slow
+def test_blocks(run, shallow):
+    rows = run("blocks", "--models", "vit_ti16@32", "--blocks", "2,5", "--repeats", "1",
+               "--indicators", "leave_one_out")  # fmt: skip
+    names = [(row["what"], row["block"]) for row in rows]
+    assert names[2:] == [("leave_one_out", 2), ("leave_one_out", 5)]
+    assert [row["chosen"] for row in rows[2:]] == ["", "yes"]
+    positive(rows, "s_image", "ratio", "cpu_ratio", "temporary_mib")
+
+
+@pytest.mark.slow
 def test_cpu(run, shallow):
     rows = run("cpu", "--batch", "2", "--repeats", "1")
     passes = [row for row in rows if "batch" in row]
@@ -105,6 +115,19 @@ def test_windows(run):
     rows = run("windows", "--sides", "4,5", "--repeats", "1", "--maps", "1", "--sweep-up-to", "16")
     positive(rows, "us_image", "compile_s")
     assert rows[0]["equal_windows"] == 1 and "sweep_us_image" not in rows[1]
+
+
+def test_windows_attention(run, tmp_path):
+    from benchmarks.windows_attention import box_windows, laplace_windows
+
+    layout = TokenLayout(4, 4)
+    boxes = [laplace_windows(layout, 0.5), box_windows(layout, 0.25)]
+    np.save(tmp_path / "mine.npy", np.stack(boxes))
+    rows = run("windows_attention", "--windows", str(tmp_path / "mine.npy"), "--repeats", "1")
+    assert [row["what"] for row in rows] == ["mine 0", "mine 1"]
+    positive(rows, "area", "products", "dense_ms", "jax_ms", "windows_ms", "faster",
+             "faster_than_jax", "cpu_faster", "dense_mib", "windows_mib")  # fmt: skip
+    assert rows[1]["area"] == 0.25
 
 
 def test_statistics(run):

@@ -17,6 +17,7 @@ from vit_interact.models.window_attention import computed_share, window_attentio
         (TokenLayout(16, 16, 1), 3),  # whole blocks
         (TokenLayout(19, 13, 5), 4),  # a block that is not full
         (TokenLayout(9, 25, 0), 3),  # no prefix token
+        (TokenLayout(41, 33, 1), 3),  # eleven blocks, in up to two steps
         (TokenLayout(11, 11, 1), 40),  # windows of the whole grid: nothing to skip
         (TokenLayout(3, 2, 1), 1),  # less than a block; each patch alone
     ],
@@ -72,12 +73,23 @@ def test_needed_blocks_by_hand():
     layout = TokenLayout(8, 8, 1)  # two blocks of 32 patches: the left half, then the right one
     place = layout.positions()
     windows = np.concatenate([place, place + 1], axis=1)
-    np.testing.assert_array_equal(needed_blocks(windows, layout), np.eye(2, dtype=bool))
+    np.testing.assert_array_equal(needed_blocks(windows, layout, 32), np.eye(2, dtype=bool))
     windows[0] = [0, 0, 1, 5]  # patch 0 sees one patch of the right half
-    np.testing.assert_array_equal(needed_blocks(windows, layout), [[True, True], [False, True]])
-    # A step of four blocks for both, and the prefix token as query and as key.
-    share = (2 * 4 * 32**2 + 65 + 64) / 65**2
-    np.testing.assert_allclose(computed_share(windows, layout), share, rtol=1e-6)
+    found = needed_blocks(windows, layout, 32)
+    np.testing.assert_array_equal(found, [[True, True], [False, True]])
+
+
+def test_products_by_hand():
+    """Patches that see themselves: a step for each block, and the prefix token on both sides."""
+    for side, blocks in ((8, 1), (16, 2), (64, 32)):
+        layout = TokenLayout(side, side, 1)
+        place = layout.positions()
+        windows = np.concatenate([place, place + 1], axis=1)
+        step = min(blocks, 8) * 128
+        tokens = layout.num_tokens
+        products = blocks * step * 128 + tokens + blocks * 128
+        found = computed_share(windows, layout)
+        np.testing.assert_allclose(found, products / tokens**2, rtol=1e-6)
 
 
 def test_wrong_shapes_are_refused():

@@ -6,7 +6,7 @@ memory. Two kernels share the work:
 * **Row statistics**: one program a block of queries of a head. A first loop over the keys finds
   each row's largest logit and the sum of the others beside it, a second one the output. A key with
   more than half of its row's attention is left out of that output and named instead, for the care
-  that `interactions/by_head.py` takes of it (`cut_edges`).
+  that `interactions/by_head.py` takes of it (`cut_dominant`).
 * **Maps**: one program a tile of the map. A loop over heads makes the tile's weights again from the
   statistics and adds up the indicator, so that `[B, N, N]` is all that is written.
 

@@ -110,7 +110,7 @@ def _attend(
 
 
 class _Rows(NamedTuple):
-    """As `Cut` of interactions/by_head.py: outputs, and changes where a key dominates."""
+    """Outputs, and their change where the key that dominates is cut (`by_head.cut_dominant`)."""
 
     output: Array  # [B, H, M, K]
     dominant_change: Array  # [B, H, M, K]

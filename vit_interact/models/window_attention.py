@@ -26,8 +26,8 @@ from vit_interact.layout import TokenLayout
 from vit_interact.models.attend import explicit_attention, fused_attention
 from vit_interact.models.patch_blocks import needed_blocks, patch_blocks
 
-# Blocks of keys a step.
-_SPAN = 4
+# Blocks of keys a step at most: XLA's CPU multiplies small matrices slowly.
+_SPAN = 8
 _LOWEST = -1e30  # below every logit, and far above the -3.4e38 of masked ones: exp gives 0
 
 
@@ -43,12 +43,17 @@ def computed_share(
       windows: (top, left, bottom, right) of each query patch `[..., P, 4]`, exclusive at the end.
       layout: the grid of patches and the prefix tokens.
     """
-    blocks = patch_blocks(layout)
-    count, size = blocks.patches.shape
-    steps = -(-needed_blocks(windows, layout).sum(axis=-1) // _SPAN)
-    patches = steps.sum(axis=-1) * _SPAN * size**2
+    count, size = patch_blocks(layout).patches.shape
+    span = _span(layout)
+    steps = -(-needed_blocks(windows, layout).sum(axis=-1) // span)
+    patches = steps.sum(axis=-1) * span * size**2
     prefix = layout.prefix * (layout.num_tokens + count * size)
     return (patches + prefix) / layout.num_tokens**2
+
+
+def _span(layout: TokenLayout) -> int:
+    """Blocks of keys a step."""
+    return min(_SPAN, len(patch_blocks(layout).patches))
 
 
 def window_attention(
@@ -155,7 +160,7 @@ def _lists(windows: Int[Array, "P 4"], layout: TokenLayout) -> _Lists:
     blocks = patch_blocks(layout)
     needed = needed_blocks(windows, layout)
     first = jnp.argsort(~needed, axis=-1, stable=True).astype(jnp.int32)
-    room = -len(blocks.patches) % _SPAN
+    room = -len(blocks.patches) % _span(layout)
     return _Lists(
         windows[blocks.patches],
         jnp.pad(first, [(0, 0), (0, room)]),
@@ -168,8 +173,9 @@ def _step_keys(
 ) -> tuple[Array, Bool[Array, "S keys"]]:
     """Numbers of the blocks of keys of one step, and which keys each query may attend to."""
     blocks = patch_blocks(layout)
-    numbers = lax.dynamic_slice_in_dim(lists.keys, step * _SPAN, _SPAN)
-    listed = step * _SPAN + np.arange(_SPAN) < lists.needed
+    span = _span(layout)
+    numbers = lax.dynamic_slice_in_dim(lists.keys, step * span, span)
+    listed = step * span + np.arange(span) < lists.needed
     position = layout.positions()[blocks.patches]
     real = (jnp.asarray(blocks.real)[numbers] & listed[:, None]).reshape(-1)
     row, col = jnp.moveaxis(jnp.asarray(position)[numbers].reshape(-1, 2), -1, 0)
@@ -205,6 +211,7 @@ def _forward(
 ) -> tuple[Array, Array]:
     """The output, and the logarithm of the sum of exponentials of the patches `[blocks, H, S]`."""
     q, k, v = (_split(tokens, layout) for tokens in (query, key, value))
+    span = _span(layout)
 
     def of_block(arguments: tuple[Array, _Lists]) -> tuple[Array, Array]:
         queries, lists = arguments
@@ -230,7 +237,7 @@ def _forward(
         state = (output[..., 0] + _LOWEST, output[..., 0], output)
         if layout.prefix:
             state = add(k.prefix, v.prefix, True, state)
-        steps = (lists.needed + _SPAN - 1) // _SPAN
+        steps = (lists.needed + span - 1) // span
         largest, total, output = lax.fori_loop(0, steps, step, state)
         total = jnp.where(total > 0, total, 1)  # fillings may see nothing
         return (output / total[..., None]).astype(value.dtype), largest + jnp.log(total)
@@ -250,6 +257,7 @@ def _attend_fwd(
 def _attend_bwd(layout: TokenLayout, kept: tuple[Array, ...], grad: Array) -> tuple[Any, ...]:
     query, key, value, windows, output, log_total = kept
     q, k, v, g = (_split(tokens, layout) for tokens in (query, key, value, grad))
+    span = _span(layout)
     wide = jnp.promote_types(query.dtype, jnp.float32)
     along = jnp.sum(output.astype(wide) * grad.astype(wide), axis=-1, keepdims=True)
     along = _split(along, layout).blocks[..., 0]  # [blocks, H, S]
@@ -289,7 +297,7 @@ def _attend_bwd(layout: TokenLayout, kept: tuple[Array, ...], grad: Array) -> tu
             of_query, to_keys, to_values = through(k.prefix, v.prefix, True)
             of_keys = of_keys._replace(prefix=of_keys.prefix + to_keys)
             of_values = of_values._replace(prefix=of_values.prefix + to_values)
-        steps = (lists.needed + _SPAN - 1) // _SPAN
+        steps = (lists.needed + span - 1) // span
         of_query, key_blocks, value_blocks = lax.fori_loop(
             0, steps, step, (of_query, of_keys.blocks, of_values.blocks)
         )
@@ -319,7 +327,7 @@ def _add(
 ) -> Array:
     """Adds to some blocks, one after the other: numbers that only fill up may repeat."""
     size = blocks.shape[2]
-    for place in range(_SPAN):
+    for place in range(len(numbers)):
         one = lax.dynamic_index_in_dim(blocks, numbers[place], keepdims=False)
         one = one + added[:, place * size : (place + 1) * size]
         blocks = lax.dynamic_update_index_in_dim(blocks, one, numbers[place], 0)
