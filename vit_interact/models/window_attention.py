@@ -27,7 +27,7 @@ from vit_interact.models.attend import explicit_attention, fused_attention
 from vit_interact.models.patch_blocks import needed_blocks, patch_blocks
 
 # Blocks of keys a step at most: XLA's CPU multiplies small matrices slowly.
-_SPAN = 8
+_SPAN = 2
 _LOWEST = -1e30  # below every logit, and far above the -3.4e38 of masked ones: exp gives 0
 
 
