@@ -111,6 +111,24 @@ def test_edge_and_gradient_from_the_derivative_by_the_logits(lead):
     assert relative(found[..., 2, :], expected[..., 2, :]) < 3e-6
 
 
+@pytest.mark.parametrize("lead", [(), (1,), (2, 3)])
+def test_leave_one_out_from_the_output_at_hand(lead):
+    """Also where one key holds nearly all of a row; an output of a narrower type is not used."""
+    tensors = make(tokens=6, lead=lead, sharpness=8.0)
+    weights = tensors["weights"]
+    weights[..., 2, :] = np.array([1 - 1e-6, 4e-7, 1e-7, 2e-7, 2e-7, 1e-7])
+    weights[..., 3, :] = np.eye(6)[4]
+    output = jnp.asarray(
+        np.einsum("...hij,...jhk->...ihk", weights, tensors["values"]), jnp.float32
+    )
+    expected = call("leave_one_out", tensors)
+    found = call("leave_one_out", tensors, output=output)
+    assert relative(found, expected) < 1e-6
+    assert relative(found[..., 2, :], np.asarray(expected)[..., 2, :]) < 3e-6
+    narrow = call("leave_one_out", tensors, output=output.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(narrow, expected)
+
+
 @pytest.mark.parametrize("name", ["leave_one_out", "edge"])
 def test_only_key_cannot_be_cut(name):
     tensors = make(tokens=5)
