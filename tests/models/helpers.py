@@ -1,5 +1,6 @@
 """Small models with random parameters in every tensor, so that nothing is trivially zero."""
 
+import contextlib
 import functools
 
 import jax
@@ -37,3 +38,14 @@ def stacked(params):
     layers = [blocks[f"encoderblock_{i}"] for i in range(len(blocks))]
     block = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
     return {**params, "Transformer": {**rest, "encoderblock": block}}
+
+
+def lowered(function, platform, *shapes):
+    """The program as text, for a platform that is not here; jax from 0.12 asks which GPU."""
+    with contextlib.ExitStack() as stack:
+        if platform == "cuda" and jax.__version_info__ >= (0, 12):
+            from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+            gpu = AbstractDevice("NVIDIA H100", 132, "gpu")
+            stack.enter_context(use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=gpu)))
+        return jax.jit(function).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.models.helpers import lowered
 from tests.models.windowed import both, boxes, close, equals_a_mask, inputs, masked
 from vit_interact.layout import TokenLayout
 from vit_interact.models import pallas_windows
@@ -75,8 +76,7 @@ def test_kernels_lower_for_accelerators(platform, call, side, dtype):
         attend = lambda *a: window_attention(*a, windows, layout, kernel="pallas")  # noqa: E731
         return both(attend, g, q, k, v)
 
-    traced = jax.jit(derivatives).trace(tokens, tokens, tokens, windows, tokens)
-    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    text = lowered(derivatives, platform, tokens, tokens, tokens, windows, tokens)
     for name in ("windows", "windows_queries", "windows_keys"):
         assert f"vit_interact_{name}" in text
     assert text.count(f"@{call}") + text.count(f"@__gpu${call}") == 3

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.models.helpers import lowered
 from vit_interact import interactions as vx
 from vit_interact.models.attend import Tiles, explicit_attention
 from vit_interact.models.tiled import attend_in_tiles
@@ -143,10 +144,8 @@ def test_kernels_lower_for_accelerators(platform, call, tokens, heads, dtype, na
         pytest.importorskip("jax.experimental.pallas.triton", reason="this jax has no Triton")
     shape = jax.ShapeDtypeStruct((2, tokens, heads, 64), dtype)
     kernel = jax.ShapeDtypeStruct((heads, 64, heads * 64), "float32")
-    traced = jax.jit(functools.partial(in_tiles, names, Tiles())).trace(
-        shape, shape, shape, kernel, shape
-    )
-    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    function = functools.partial(in_tiles, names, Tiles())
+    text = lowered(function, platform, shape, shape, shape, kernel, shape)
     for name in ("rows", *names):
         assert f"vit_interact_{name}" in text
     assert text.count(f"@{call}") + text.count(f"@__gpu${call}") == 1 + len(names)

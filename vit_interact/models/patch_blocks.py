@@ -12,9 +12,9 @@ from jaxtyping import Array, Bool, Int
 from vit_interact.layout import TokenLayout
 
 SIZE = 256
-"""Patches in a block on a CPU. Larger blocks multiply faster (of 32, a product takes twice as long or
-more), but the union of a block's windows grows with them; sizes that vectors do not fill (63) take
-twice as long."""
+"""Patches in a block on a CPU. Larger blocks multiply faster (of 32, products take twice as long or
+more), but the union of a block's windows grows with them; sizes that fill no vectors are slow, too.
+"""
 
 
 class PatchBlocks(NamedTuple):
