@@ -49,25 +49,25 @@ def measure(name: str, blocks: list[int], indicators: list[str], repeats: int) -
             memory.setdefault(key, case.memory[what])
     times = common.take_turns({str(key): call for key, call in calls.items()}, repeats)
     base = times[str(("forward", None))]
-    chosen = _chosen(name)
+    chosen = {what: _chosen(name, "output_grad" in vx.NEEDS[what]) for what in indicators}
     rows = []
     for key in calls:
         what, block = key
         row: common.Row = {"what": what, "block": block or ""}
         if block:
-            row["chosen"] = "yes" if block == chosen else ""
+            row["chosen"] = "yes" if block == chosen[what] else ""
         own = times[str(key)]
         row |= {"s_image": own.seconds, "ratio": own.ratio(base), "cpu_ratio": own.cpu_ratio(base)}
         rows.append({**row, "temporary_mib": memory[key]})
     return rows
 
 
-def _chosen(name: str) -> int:
+def _chosen(name: str, backward: bool) -> int:
     """Queries at a time that `block=None` means."""
     model, _, pixels = name.partition("@")
     config = vi.create_model(model, **({"image_size": int(pixels)} if pixels else {})).config
     tokens = config.layout.num_tokens
-    blocks = suitable_blocks(1, config.heads, tokens, tokens)
+    blocks = suitable_blocks(1, config.heads, tokens, tokens, backward)
     return tokens if blocks is None else blocks.groups(tokens)[0].shape[1]
 
 

@@ -30,7 +30,7 @@ import numpy as np
 from benchmarks import common
 from vit_interact.interactions.windows import window_area
 from vit_interact.layout import TokenLayout
-from vit_interact.models.attend import fused_attention
+from vit_interact.models.fused import fused_attention
 from vit_interact.models.window_attention import computed_share, window_attention
 
 HEADS, WIDTH = 6, 64

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from vit_interact.models.cpu import on_cpu
+
 EXACT = jax.lax.Precision.HIGHEST
 
 # Weights of a layer up to which all heads are worked on together: smaller pieces leave threads
@@ -18,13 +20,17 @@ EXACT = jax.lax.Precision.HIGHEST
 _AT_ONCE = 2**18
 
 
+# What rounding adds to the squared length of `o − v` grows by 1/(1−A)², 11 here.
+DOMINANT = 0.7
+
+
 def split_dominant(weights: Array) -> tuple[Array, Array]:
-    """Where a key has `A > ½`, at most once in a row, and the weights without it.
+    """Where a key dominates, at most once in a row, and the weights without it.
 
     With `A → 1`, `A/(1−A) · (o − v)` is a huge number times a difference that rounding ate: what
     cutting such a key does comes from the other keys.
     """
-    dominates = weights > 0.5
+    dominates = weights > DOMINANT
     return dominates, jnp.where(dominates, 0, weights)
 
 
@@ -43,24 +49,37 @@ def cut_dominant(rest_output: Array, rest_sum: Array, output: Array) -> Array:
     return jnp.where(others, (1 - rest_sum) * alone - (output - rest_output), 0)
 
 
-def cut_by_logits(weights: Array, logit_grad: Array) -> Array:
+def cut_by_logits(weights: Array, logit_grad: Array, dominant: Array) -> Array:
     """Effect on the score, to first order, of cutting each edge of one head.
 
     Cutting `j` changes the score by `A/(1−A) g_i·(o_i − v_j)`, and `∂s/∂z_ij = A g_i·(v_j − o_i)`:
-    it is `−∂s/∂z_ij / (1−A)`. For the one key of a row that may have `A > ½` this is a small number
-    over a smaller one; there the effect comes from the other keys, which the query would turn to.
+    it is `−∂s/∂z_ij / (1−A)`.
 
     Args:
       weights: `[..., M, N]`.
       logit_grad: derivative of the score by the logits `z`, `[..., M, N]`.
+      dominant: `cut_dominant_by_logits`, `[..., M, 1]`.
     """
     dominates, rest = split_dominant(weights)
-    rest_sum = jnp.sum(rest, axis=-1, keepdims=True)
-    rest_grad = jnp.sum(jnp.where(dominates, 0, logit_grad), axis=-1, keepdims=True)
-    others = rest_sum > 0
-    alone = jnp.where(others, _divide(rest_grad, jnp.where(others, rest_sum, 1)), 0)
-    dominant = jnp.where(others, weights * alone - logit_grad, 0)
     return jnp.where(dominates, dominant, -logit_grad / (1 - rest))
+
+
+def cut_dominant_by_logits(weights: Array, logit_grad: Array) -> Array:
+    """`cut_by_logits` for the key that dominates a row, `[..., M, 1]`; without one, of no use.
+
+    There it would be a small number over a smaller one. So it comes from the other keys, which the
+    query would turn to.
+    """
+    dominates, rest = split_dominant(weights)
+
+    def total(of: Array) -> Array:
+        return jnp.sum(of, axis=-1, keepdims=True)
+
+    rest_sum, rest_grad = total(rest), total(jnp.where(dominates, 0, logit_grad))
+    own, own_grad = total(weights - rest), total(jnp.where(dominates, logit_grad, 0))
+    others = rest_sum > 0
+    alone = _divide(rest_grad, jnp.where(others, rest_sum, 1))
+    return jnp.where(others, own * alone - own_grad, 0)
 
 
 @jax.custom_jvp
@@ -125,11 +144,47 @@ def sum_over_heads(
     def add_head(head: Array, total: Array) -> Array:
         return total + of_head(*(_pick(array, head, axis) for array, axis in inputs))
 
-    # Zeros that depend on the weights: constant zeros would be one buffer that XLA copies for every
-    # layer of a model ahead of time (measured: +70 % temporary memory at 12 layers), and would not
-    # vary over a mesh as the loop's result does under shard_map.
-    zeros = jax.lax.stop_gradient(jnp.minimum(weights[..., 0, :, :], 0))
-    return jax.lax.fori_loop(0, weights.shape[-3], add_head, zeros)
+    return jax.lax.fori_loop(0, weights.shape[-3], add_head, _zeros(weights))
+
+
+def where_dominated(
+    function: Callable[..., Array], weights: Array, *sides: tuple[Array, int]
+) -> Float[Array, "*batch H M 1"]:
+    """A number for each row of each head, of use only where a key dominates the row.
+
+    On a CPU it is 0 for heads without such a row: the function, which multiplies matrices, is left
+    out.
+
+    Args:
+      function: of a head's weights `[..., M, N]` and its part of each side; gives `[..., M, 1]`.
+      weights: `[..., H, M, N]`.
+      sides: as for `sum_over_heads`.
+    """
+    inputs = ((weights, -3), *sides)
+
+    def of_head(head: Array) -> Array:
+        return function(*(_pick(array, head, axis) for array, axis in inputs))
+
+    def of_head_if(head: Array) -> Array:
+        # Arrays are picked from within the branch: to it, they would be copied.
+        return jax.lax.cond(found[head], of_head, lambda _: none, head)
+
+    none = _zeros(weights[..., :1])
+    heads = jnp.arange(weights.shape[-3])
+    others = tuple(axis for axis in range(weights.ndim) if axis != weights.ndim - 3)
+    found = jnp.max(weights, axis=others) > DOMINANT
+    each = jax.lax.map(of_head_if if on_cpu() else of_head, heads)
+    return jnp.moveaxis(each, 0, -3)
+
+
+def _zeros(weights: Array) -> Array:
+    """Zeros `[..., M, N]` that depend on the weights `[..., H, M, N]`.
+
+    Constant zeros would be one buffer that XLA copies for every layer of a model ahead of time
+    (measured: +70 % temporary memory at 12 layers), and would not vary over a mesh as a loop's
+    result does under shard_map.
+    """
+    return jax.lax.stop_gradient(jnp.minimum(weights[..., 0, :, :], 0))
 
 
 def _pick(array: Array, head: Array, axis: int) -> Array:

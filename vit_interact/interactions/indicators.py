@@ -28,11 +28,13 @@ from vit_interact.interactions.by_head import (
     add_heads,
     cut_by_logits,
     cut_dominant,
+    cut_dominant_by_logits,
     is_single,
     mean_over_heads,
     of_one,
     split_dominant,
     sum_over_heads,
+    where_dominated,
 )
 from vit_interact.interactions.views import normalise_rows, widen
 
@@ -176,32 +178,31 @@ def leave_one_out(
     # Differences stay, the big terms of the expansion below shrink.
     v = jnp.swapaxes(_like(values, weights) - mean, -3, -2)  # [..., H, N, K]
     if output is None or output.dtype != weights.dtype:
-        o = jnp.einsum("...ij,...jk->...ik", weights, v, precision=EXACT)
+        o = jnp.einsum("...hij,...hjk->...ihk", weights, v, precision=EXACT)
     else:
-        o = jnp.swapaxes(jnp.asarray(output) - mean, -3, -2)
-    # ‖(o_i − v_j)W‖² expanded, so that no [.., M, N, K] exists, and all of it as one product: XLA's
-    # CPU is slow where sums over channels meet as rows and columns. The side of the keys is made
-    # for all heads, and so not again for each block of queries.
-    of_images = jnp.broadcast_to(metric, (*v.shape[:-2], *metric.shape[-2:]))
-    keys_m = jnp.einsum("...jk,...kl->...jl", v, of_images, precision=EXACT)
-    own_value = jnp.sum(keys_m * v, axis=-1, keepdims=True)
-    keys = jnp.concatenate([v, jnp.ones_like(own_value), own_value], axis=-1)
+        o = jnp.asarray(output) - mean
 
-    def of_head(weights: Array, keys: Array, o: Array, m: Array) -> Array:
-        o_m = jnp.einsum("...ik,kl->...il", o, m, precision=EXACT)
-        own_output = jnp.sum(o_m * o, axis=-1, keepdims=True)
+    def cut_squared(weights: Array, v: Array, o: Array, m: Array) -> Array:
+        _, rest = split_dominant(weights)
+        kept = jnp.einsum("...ij,...jk->...ik", rest, v, precision=EXACT)
+        change = cut_dominant(kept, jnp.sum(rest, axis=-1, keepdims=True), o)
+        return jax.nn.relu(_metric_products(change, m)[1])
+
+    def of_head(weights: Array, dominant: Array, v: Array, o: Array, m: Array) -> Array:
+        # ‖(o_i − v_j)W‖² expanded, so that no [.., M, N, K] exists, and all of it as one product:
+        # XLA's CPU is slow where sums over channels meet as rows and columns.
+        _, own_value = _metric_products(v, m)
+        keys = jnp.concatenate([v, jnp.ones_like(own_value), own_value], axis=-1)
+        o_m, own_output = _metric_products(o, m)
         queries = jnp.concatenate([-2 * o_m, own_output, jnp.ones_like(own_output)], axis=-1)
         distance = jnp.einsum("...ik,...jk->...ij", queries, keys, precision=EXACT)
         dominates, rest = split_dominant(weights)
-        kept = jnp.einsum("...ij,...jk->...ik", rest, keys[..., :-2], precision=EXACT)
-        change = cut_dominant(kept, jnp.sum(rest, axis=-1, keepdims=True), o)
-        change_m = jnp.einsum("...ik,kl->...il", change, m, precision=EXACT)
-        dominant = jax.nn.relu(jnp.sum(change_m * change, axis=-1))[..., None]
         factor = rest / (1 - rest)
         return jnp.where(dominates, dominant, jnp.square(factor) * jax.nn.relu(distance))
 
-    sides = ((keys, -3), (o, -3), (metric, -3))
-    return _safe_sqrt(sum_over_heads(of_head, weights, *sides))
+    sides = ((v, -3), (o, -2), (metric, -3))
+    dominant = where_dominated(cut_squared, weights, *sides)
+    return _safe_sqrt(sum_over_heads(of_head, weights, (dominant, -3), *sides))
 
 
 @functools.partial(jax.jit, static_argnames="signed")
@@ -226,12 +227,19 @@ def edge(
     weights = widen(weights)
     values, output_grad = _centred(values, weights), _like(output_grad, weights)
 
-    def of_head(weights: Array, v: Array, g: Array) -> Array:
+    def logit_grad(weights: Array, v: Array, g: Array) -> Array:
         slope = jnp.einsum("...ik,...jk->...ij", g, v, precision=EXACT)
-        own = jnp.sum(weights * slope, axis=-1, keepdims=True)
-        return cut_by_logits(weights, weights * (slope - own))
+        return weights * (slope - jnp.sum(weights * slope, axis=-1, keepdims=True))
 
-    total = sum_over_heads(of_head, weights, (values, -2), (output_grad, -2))
+    def cut_one(weights: Array, v: Array, g: Array) -> Array:
+        return cut_dominant_by_logits(weights, logit_grad(weights, v, g))
+
+    def of_head(weights: Array, dominant: Array, v: Array, g: Array) -> Array:
+        return cut_by_logits(weights, logit_grad(weights, v, g), dominant)
+
+    sides = ((values, -2), (output_grad, -2))
+    dominant = where_dominated(cut_one, weights, *sides)
+    total = sum_over_heads(of_head, weights, (dominant, -3), *sides)
     return total if signed else jnp.abs(total)
 
 
@@ -266,7 +274,9 @@ def edge_of_logits(weights: Array, logit_grad: Array) -> Maps:
     """
     if is_single(weights.shape[:-3]):
         return of_one(edge_of_logits, weights, logit_grad)
-    return jnp.abs(sum_over_heads(cut_by_logits, weights, (logit_grad, -3)))
+    sides = ((logit_grad, -3),)
+    dominant = where_dominated(cut_dominant_by_logits, weights, *sides)
+    return jnp.abs(sum_over_heads(cut_by_logits, weights, *sides, (dominant, -3)))
 
 
 def rollout(weights: Float[Array, "L *batch H N N"]) -> Float[Array, "L *batch N N"]:
@@ -369,6 +379,12 @@ def _centred(values: Heads, weights: Array) -> Array:
     """Values minus their mean over tokens: differences stay, the expansion's big terms shrink."""
     values = _like(values, weights)
     return values - jnp.mean(values, axis=-3, keepdims=True)
+
+
+def _metric_products(x: Array, metric: Array) -> tuple[Array, Array]:
+    """`x M` and `x · x M` of vectors `[..., N, K]`, with the `M` of one head, `[K, K]`."""
+    moved = jnp.einsum("...ik,kl->...il", x, metric, precision=EXACT)
+    return moved, jnp.sum(moved * x, axis=-1, keepdims=True)
 
 
 def _like(array: Array | np.ndarray, weights: Array) -> Array:

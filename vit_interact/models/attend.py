@@ -1,4 +1,4 @@
-"""The mathematics of attention as pure functions: fused, explicit, and explicit block by block.
+"""The mathematics of attention as pure functions: with its weights, and block by block.
 
 Rows of attention do not depend on one another. `attend_in_blocks` therefore makes the weights of a
 few queries at a time and reduces them at once; the weights of a whole layer, `[B, H, N, N]`, never
@@ -8,7 +8,6 @@ exist, neither forward nor backward.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -26,8 +25,11 @@ from vit_interact.models.blocks import Places, join, map_blocks, pick
 WEIGHT_BYTES = 16 * 2**20
 """Attention weights that exist at a time, when nothing else is asked for (docs/kernels.md)."""
 
+FORWARD_BYTES = 64 * 2**20
+"""The same for maps that need no backward pass, which would keep those of every layer."""
+
 ACCELERATOR_BYTES = 512 * 2**20
-"""The same on an accelerator, which wants larger pieces of work."""
+"""The same for all on an accelerator, which wants larger pieces of work."""
 
 SMALLEST_BLOCK = 256
 """Queries in a block at least: of fewer, what is done anew for each block takes over."""
@@ -138,11 +140,16 @@ class Tiles:
             raise ValueError(f"a tile has two sides, powers of two from 16, got {self}")
 
 
-def suitable_blocks(batch: int, heads: int, queries: int, keys: int) -> QueryBlocks | None:
-    """Blocks whose weights take about `WEIGHT_BYTES`; None where two blocks would do."""
+def suitable_blocks(
+    batch: int, heads: int, queries: int, keys: int, backward: bool = True
+) -> QueryBlocks | None:
+    """Blocks whose weights take about `WEIGHT_BYTES`; None where two blocks would do.
+
+    Without a backward pass, `FORWARD_BYTES`.
+    """
     cpu = jax.default_backend() == "cpu"
-    size = (WEIGHT_BYTES if cpu else ACCELERATOR_BYTES) // max(1, 4 * batch * heads * keys)
-    size = max(size, SMALLEST_BLOCK)
+    most = (WEIGHT_BYTES if backward else FORWARD_BYTES) if cpu else ACCELERATOR_BYTES
+    size = max(most // max(1, 4 * batch * heads * keys), SMALLEST_BLOCK)
     return None if 2 * size >= queries else QueryBlocks(size)
 
 
@@ -165,15 +172,22 @@ def attention_logits(
     return logits
 
 
-def attention_weights(
+def _softmax_parts(
     logits: Float[Array, "*B H N M"], mask: Bool[Array, ...] | None = None
-) -> Float[Array, "*B H N M"]:
-    """Softmax over keys; a row with every key masked is 0 instead of uniform or NaN."""
-    weights = jax.nn.softmax(logits, axis=-1)
-    if mask is not None:
-        # Zeroing masked keys once more matters in rows that mask all of them.
-        weights = jnp.where(mask, weights, 0)
-    return weights
+) -> tuple[Float[Array, "*B H N M"], Float[Array, "*B H N 1"]]:
+    """Exponentials of the logits, the largest of a row 1, and what each row is to be multiplied by.
+
+    Their product is the softmax over keys; a row with every key masked is 0 instead of uniform or
+    NaN.
+    """
+    largest = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    exponentials = jnp.exp(logits - largest)
+    if mask is None:
+        return exponentials, 1 / jnp.sum(exponentials, axis=-1, keepdims=True)
+    # Zeroing masked keys once more matters in rows that mask all of them.
+    exponentials = jnp.where(mask, exponentials, 0)
+    total = jnp.sum(exponentials, axis=-1, keepdims=True)
+    return exponentials, jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
 
 
 def explicit_attention(
@@ -183,18 +197,33 @@ def explicit_attention(
     bias: Float[Array, ...] | None = None,
     mask: Bool[Array, ...] | None = None,
     out_kernel: Float[Array, "H K D"] | None = None,
+    scale_output: bool = False,
 ) -> Attended:
-    """Attention that keeps its weights. `query` is already scaled; see `Attended` for shapes."""
+    """Attention that keeps its weights. `query` is already scaled; see `Attended` for shapes.
+
+    With `scale_output` the softmax divides rows of the output, `K` numbers each, and not rows of
+    the weights, `N` each. XLA's CPU then takes 0.7 to 0.9 of the time where one elementwise sum or
+    nobody reads the weights (docs/kernels.md); where several do, it would keep both.
+    """
     if is_single(batch := query.shape[:-3]):
         inputs = without_batch(query, key, value, bias, mask)
-        one = explicit_attention(*inputs, out_kernel=out_kernel)
+        one = explicit_attention(*inputs, out_kernel=out_kernel, scale_output=scale_output)
         made = {name: getattr(one, name) for name in ("logits", "weights", "output")}
         made = {name: array.reshape(*batch, *array.shape) for name, array in made.items()}
         return one._replace(query=query, key=key, values=value, **made)
     logits = attention_logits(query, key, bias, mask)
-    weights = attention_weights(logits, mask)
-    each = jnp.einsum("...hij,...hjk->...hik", weights.astype(value.dtype), heads_first(value))
-    output = jnp.swapaxes(each, -3, -2)
+    exponentials, share = _softmax_parts(logits, mask)
+    weights = exponentials * share
+    shares = exponentials if scale_output else weights
+    each = jnp.einsum(
+        "...hij,...hjk->...hik",
+        shares.astype(value.dtype),
+        heads_first(value),
+        preferred_element_type=logits.dtype,
+    )
+    if scale_output:
+        each = each * share
+    output = jnp.swapaxes(each, -3, -2).astype(value.dtype)
     return Attended(query, key, value, logits, weights, output, out_kernel)
 
 
@@ -228,7 +257,7 @@ def attend_in_blocks(
         q, g, o = rows
         masks = rows_of(bias, queries, key.shape[-2]), rows_of(mask, queries, key.shape[-2])
         sides = heads_first(key), heads_first(value)
-        attended = explicit_attention(q, *sides, *masks, out_kernel)
+        attended = explicit_attention(q, *sides, *masks, out_kernel, scale_output=True)
         attended = attended._replace(queries=queries, prefix=prefix)
         if o is not None:
             attended = attended._replace(output=o)
@@ -287,47 +316,3 @@ def attend_by(
 
         return attend_in_tiles(inputs, blocks, reduce, output_grad)
     return attend_in_blocks(inputs, blocks, reduce, output_grad)
-
-
-def fused_attention(
-    query: Float[Array, "*B N H K"],
-    key: Float[Array, "*B M H K"],
-    value: Float[Array, "*B M H K"],
-    mask: Bool[Array, ...] | None = None,
-) -> Float[Array, "*B N H K"]:
-    """The same output by the fastest way of the device; weights are not available.
-
-    On a CPU, `jax.nn.dot_product_attention` is slower than the explicit path and makes all weights
-    at once, so there the output comes from blocks of queries.
-    """
-    given = () if mask is None else (mask,)
-    return lax.platform_dependent(
-        query, key, value, *given, cpu=plain_attention, default=_dot_product_attention
-    )
-
-
-def plain_attention(
-    query: Float[Array, "*B N H K"],
-    key: Float[Array, "*B M H K"],
-    value: Float[Array, "*B M H K"],
-    mask: Bool[Array, ...] | None = None,
-    bias: SeparableBias | None = None,
-) -> Float[Array, "*B N H K"]:
-    """The same output by products and softmax, in blocks of queries where there are many tokens."""
-    *batch, queries, heads, _ = query.shape
-    blocks = suitable_blocks(math.prod(batch), heads, queries, key.shape[-3])
-    if blocks is not None:
-        return attend_in_blocks((query, key, value, bias, mask, None), blocks)[0]
-    full = None if bias is None else bias.full(key.shape[-3])
-    return explicit_attention(query, key, value, full, mask).output
-
-
-def _dot_product_attention(
-    query: Array, key: Array, value: Array, mask: Array | None = None
-) -> Array:
-    output = jax.nn.dot_product_attention(query, key, value, mask=mask, scale=1.0)
-    if mask is not None:
-        # jax attends uniformly in a row with every key masked; ours contributes nothing.
-        attends = jnp.any(mask, axis=-1)  # [B or 1, H or 1, N or 1]
-        output = jnp.where(jnp.swapaxes(attends, -1, -2)[..., None], output, 0)
-    return output

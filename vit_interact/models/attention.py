@@ -33,12 +33,11 @@ from vit_interact.models.attend import (
     Tiles,
     attend_by,
     explicit_attention,
-    fused_attention,
-    plain_attention,
 )
 from vit_interact.models.attend_backward import attention_gradients, gradients_in_blocks
 from vit_interact.models.bias import SeparableBias
 from vit_interact.models.dense import Dense
+from vit_interact.models.fused import fused_attention
 
 KINDS = ("weights", "logits", "values", "output", "query", "key")
 SINKS = "sinks"
@@ -77,6 +76,9 @@ class Taps:
 
 def _attend(taps: Taps, inputs: tuple[Any, ...]) -> tuple[Array, dict[str, Array]]:
     """Each head's output, and what `taps` asks for of the forward pass."""
+    if isinstance(taps.blocks, QueryBlocks) and taps.reduce is None:
+        query, key, value, bias, mask, _ = inputs
+        return fused_attention(query, key, value, mask, bias), {}
     if taps.blocks is not None:
         return attend_by(inputs, taps.blocks, taps.reduce)
     attended = explicit_attention(*inputs)
@@ -178,9 +180,7 @@ class MultiHeadDotProductAttention(nn.Module):
 
         taps = self.taps
         if not taps or self.is_initializing():
-            if bias is None:
-                return project_out(fused_attention(query, key, value, mask))
-            return project_out(plain_attention(query, key, value, mask, bias))
+            return project_out(fused_attention(query, key, value, mask, bias))
         logit_bias: Any = bias
         if bias is not None and not taps.blocks:
             logit_bias = bias.full(tokens=inputs_kv.shape[1])

@@ -23,7 +23,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vit_interact.interactions.windows import window_mask
 from vit_interact.layout import TokenLayout
-from vit_interact.models.attend import explicit_attention, fused_attention
+from vit_interact.models.attend import explicit_attention
+from vit_interact.models.fused import fused_attention
 from vit_interact.models.patch_blocks import needed_blocks, patch_blocks
 
 # Blocks of keys a step at most: XLA's CPU multiplies small matrices slowly.

@@ -136,11 +136,12 @@ def measure(
     several = isinstance(coverage, Sequence)
     coverages = tuple(coverage) if isinstance(coverage, Sequence) else (coverage,)
     layout = model.config.layout
-    blocks = _blocks(model, images, None, block) or QueryBlocks(layout.num_patches)
+    blocks = _blocks(model, images, None, block, whole_maps=False)
+    size = layout.num_patches if blocks is None else blocks.size
     fields = FieldsOf(layout, coverages, several)
     found = _measure(
         model, params, images, classes, names, chosen, function, None, mask,
-        QueryBlocks(blocks.size, layout), fields,
+        QueryBlocks(size, layout), fields,
     )[1]  # fmt: skip
     return {name: found[name] for name in names}
 
@@ -163,7 +164,7 @@ def measure_with_logits(
         raise ValueError("keep and mask need vit_interact's ViT")
     keep = None if keep is None else jnp.asarray(keep)
     blocks: QueryBlocks | Tiles | None = (
-        _blocks(model, images, keep, block)
+        _blocks(model, images, keep, block, whole_maps=not any(map(_needs_backward, names)))
         if kernel is None
         else _tiles(model, mask, block, kernel)
     )
@@ -183,8 +184,17 @@ def _checked(
     return names, choose_layers(model, params, images, layers), *make_score(score, images.shape[0])
 
 
-def _blocks(model: Any, images: Any, keep: Any, block: int | None) -> QueryBlocks | None:
-    """What `block` asks for; None to work on all queries of a layer at once."""
+def _needs_backward(name: str) -> bool:
+    return "output_grad" in NEEDS[name]
+
+
+def _blocks(
+    model: Any, images: Any, keep: Any, block: int | None, whole_maps: bool
+) -> QueryBlocks | None:
+    """What `block` asks for; None to work on all queries of a layer at once.
+
+    Maps made by a forward pass alone take a few times their own memory without harm.
+    """
     if not isinstance(model, ViT):
         if block is not None:
             raise ValueError("block needs vit_interact's ViT: other models work on all queries")
@@ -192,7 +202,9 @@ def _blocks(model: Any, images: Any, keep: Any, block: int | None) -> QueryBlock
     config = model.config
     tokens = config.layout.num_tokens if keep is None else config.prefix + keep.shape[1]
     if block is None:
-        return suitable_blocks(images.shape[0], config.heads, tokens, tokens)
+        return suitable_blocks(
+            images.shape[0], config.heads, tokens, tokens, backward=not whole_maps
+        )
     return None if block >= tokens else QueryBlocks(block)
 
 
@@ -223,7 +235,7 @@ def _measure(
     blocks: QueryBlocks | Tiles | None,
     fields: FieldsOf | None = None,
 ) -> tuple[Array, dict[str, Any]]:
-    backward = tuple(name for name in names if "output_grad" in NEEDS[name])
+    backward = tuple(name for name in names if _needs_backward(name))
     forward = tuple(name for name in names if name not in backward)
     # A rollout passes through every layer below the ones asked for.
     below = tuple(range(max(layers) + 1)) if "rollout" in names else layers
