@@ -26,7 +26,7 @@ WEIGHT_BYTES = 16 * 2**20
 """Attention weights that exist at a time, when nothing else is asked for (docs/kernels.md)."""
 
 FORWARD_BYTES = 64 * 2**20
-"""The same for maps that need no backward pass, which would keep those of every layer."""
+"""The same for maps that need no backward pass, in processes that keep freed memory."""
 
 ACCELERATOR_BYTES = 512 * 2**20
 """The same for all on an accelerator, which wants larger pieces of work."""

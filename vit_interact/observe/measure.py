@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vit_interact.heap import freed_memory_is_kept
 from vit_interact.interactions.indicators import (
     INDICATORS,
     NEEDS,
@@ -105,7 +106,8 @@ def measure(
       mask: what may attend to what, as for our `ViT`: the model so restricted is measured.
       block: how many queries of a layer our `ViT` works on at a time. None chooses: all at once
         where that takes little memory, and blocks at high resolution, so that not even one layer's
-        `[B, H, N, N]` exists (docs/kernels.md). Other models work on all at once.
+        `[B, H, N, N]` exists (docs/kernels.md); larger ones after `heap.keep_freed_memory()` for
+        maps without a backward pass. Other models work on all at once.
       reduce: `"fields"` reduces each layer on the way to received impact, windows and responsive
         fields, and no map `[B, N, N]` exists either; only those of `rollout`, which mixes layers.
         For our `ViT` with all its patches.
@@ -136,7 +138,7 @@ def measure(
     several = isinstance(coverage, Sequence)
     coverages = tuple(coverage) if isinstance(coverage, Sequence) else (coverage,)
     layout = model.config.layout
-    blocks = _blocks(model, images, None, block, whole_maps=False)
+    blocks = _blocks(model, images, None, block, small=True)
     size = layout.num_patches if blocks is None else blocks.size
     fields = FieldsOf(layout, coverages, several)
     found = _measure(
@@ -164,7 +166,7 @@ def measure_with_logits(
         raise ValueError("keep and mask need vit_interact's ViT")
     keep = None if keep is None else jnp.asarray(keep)
     blocks: QueryBlocks | Tiles | None = (
-        _blocks(model, images, keep, block, whole_maps=not any(map(_needs_backward, names)))
+        _blocks(model, images, keep, block, small=any(map(_needs_backward, names)))
         if kernel is None
         else _tiles(model, mask, block, kernel)
     )
@@ -184,17 +186,15 @@ def _checked(
     return names, choose_layers(model, params, images, layers), *make_score(score, images.shape[0])
 
 
+Blocks = QueryBlocks | None
+
+
 def _needs_backward(name: str) -> bool:
     return "output_grad" in NEEDS[name]
 
 
-def _blocks(
-    model: Any, images: Any, keep: Any, block: int | None, whole_maps: bool
-) -> QueryBlocks | None:
-    """What `block` asks for; None to work on all queries of a layer at once.
-
-    Maps made by a forward pass alone take a few times their own memory without harm.
-    """
+def _blocks(model: Any, images: Any, keep: Any, block: int | None, small: bool) -> Blocks:
+    """What `block` asks for; None to work on all queries of a layer at once."""
     if not isinstance(model, ViT):
         if block is not None:
             raise ValueError("block needs vit_interact's ViT: other models work on all queries")
@@ -202,9 +202,9 @@ def _blocks(
     config = model.config
     tokens = config.layout.num_tokens if keep is None else config.prefix + keep.shape[1]
     if block is None:
-        return suitable_blocks(
-            images.shape[0], config.heads, tokens, tokens, backward=not whole_maps
-        )
+        # Where memory is asked for again each time, its pages cost more than larger blocks gain.
+        small = small or not freed_memory_is_kept()
+        return suitable_blocks(images.shape[0], config.heads, tokens, tokens, backward=small)
     return None if block >= tokens else QueryBlocks(block)
 
 
