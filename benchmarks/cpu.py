@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -27,6 +28,7 @@ import vit_interact as vi
 from benchmarks import common
 from vit_interact.heap import keep_freed_memory
 from vit_interact.models import dense, vit
+from vit_interact.models.attend import explicit_attention
 from vit_interact.models.config import ViTConfig
 from vit_interact.models.vit import ViT
 
@@ -134,6 +136,8 @@ def pieces(batch: int, repeats: int) -> list[common.Row]:
             ("by erf", vit._ACTIVATIONS["gelu"], (gelu,)),
             ("by erfc", lambda x: nn.gelu(x, approximate=False), (gelu,)),
         ],
+        "attention, 8 x 6 x 197": _attention(array, 8, 197),
+        "attention, 1 x 6 x 1370": _attention(array, 1, 1370),
         "sum of a product": [
             ("[6, 197, 197]", product, one),
             ("[1, 6, 197, 197]", product, tuple(a[None] for a in one)),
@@ -148,6 +152,18 @@ def pieces(batch: int, repeats: int) -> list[common.Row]:
         found = _rows(common.take_turns(calls, 20 * repeats), ways[0][0])
         rows += [{"pass": piece, **row} for row in found]
     return rows
+
+
+def _attention(array: Callable[..., jax.Array], batch: int, tokens: int) -> list[Any]:
+    """The output of a layer of ViT-S, whose softmax divides its rows or those of the weights."""
+    query, key, value = (array(batch, tokens, 6, 64) for _ in range(3))
+
+    def attend(scale_output: bool, *sides: jax.Array) -> jax.Array:
+        return explicit_attention(*sides, scale_output=scale_output).output
+
+    ways = (("output divided", True), ("weights divided", False))
+    sides = (query / 8, key, value)
+    return [(name, functools.partial(attend, scale), sides) for name, scale in ways]
 
 
 def main() -> None:

@@ -34,6 +34,8 @@ COMMANDS: dict[str, list[str]] = {
     "blocks": ["blocks"],
     "fields": ["fields"],
     "windows": ["windows"],
+    "blocks_given_back": ["blocks", "--give-back", "--blocks", "457,1370",
+                          "--indicators", "attention,leave_one_out"],  # fmt: skip
     "windows_attention": ["windows_attention"],
     "statistics": ["statistics", "--parts", "survey,update,memory"],
     "high_resolution": ["high_resolution"],

@@ -11,17 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from vit_interact.models.cpu import on_cpu
-
 EXACT = jax.lax.Precision.HIGHEST
 
 # Weights of a layer up to which all heads are worked on together: smaller pieces leave threads
 # idle, larger ones do not stay in the cache. One image of ViT-S at 224 pixels is below.
 _AT_ONCE = 2**18
 
-
 # What rounding adds to the squared length of `o − v` grows by 1/(1−A)², 11 here.
-DOMINANT = 0.7
+_DOMINANT = 0.7
 
 
 def split_dominant(weights: Array) -> tuple[Array, Array]:
@@ -30,7 +27,7 @@ def split_dominant(weights: Array) -> tuple[Array, Array]:
     With `A → 1`, `A/(1−A) · (o − v)` is a huge number times a difference that rounding ate: what
     cutting such a key does comes from the other keys.
     """
-    dominates = weights > DOMINANT
+    dominates = weights > _DOMINANT
     return dominates, jnp.where(dominates, 0, weights)
 
 
@@ -172,8 +169,10 @@ def where_dominated(
     none = _zeros(weights[..., :1])
     heads = jnp.arange(weights.shape[-3])
     others = tuple(axis for axis in range(weights.ndim) if axis != weights.ndim - 3)
-    found = jnp.max(weights, axis=others) > DOMINANT
-    each = jax.lax.map(of_head_if if on_cpu() else of_head, heads)
+    found = jnp.max(weights, axis=others) > _DOMINANT
+    # On an accelerator a branch would wait for the host.
+    branches = jax.default_backend() == "cpu"
+    each = jax.lax.map(of_head_if if branches else of_head, heads)
     return jnp.moveaxis(each, 0, -3)
 
 

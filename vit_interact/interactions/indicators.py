@@ -227,19 +227,14 @@ def edge(
     weights = widen(weights)
     values, output_grad = _centred(values, weights), _like(output_grad, weights)
 
-    def logit_grad(weights: Array, v: Array, g: Array) -> Array:
+    def of_head(weights: Array, v: Array, g: Array) -> Array:
         slope = jnp.einsum("...ik,...jk->...ij", g, v, precision=EXACT)
-        return weights * (slope - jnp.sum(weights * slope, axis=-1, keepdims=True))
+        own = jnp.sum(weights * slope, axis=-1, keepdims=True)
+        logit_grad = weights * (slope - own)
+        dominant = cut_dominant_by_logits(weights, logit_grad)
+        return cut_by_logits(weights, logit_grad, dominant)
 
-    def cut_one(weights: Array, v: Array, g: Array) -> Array:
-        return cut_dominant_by_logits(weights, logit_grad(weights, v, g))
-
-    def of_head(weights: Array, dominant: Array, v: Array, g: Array) -> Array:
-        return cut_by_logits(weights, logit_grad(weights, v, g), dominant)
-
-    sides = ((values, -2), (output_grad, -2))
-    dominant = where_dominated(cut_one, weights, *sides)
-    total = sum_over_heads(of_head, weights, (dominant, -3), *sides)
+    total = sum_over_heads(of_head, weights, (values, -2), (output_grad, -2))
     return total if signed else jnp.abs(total)
 
 

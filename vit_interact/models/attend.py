@@ -214,10 +214,10 @@ def explicit_attention(
     logits = attention_logits(query, key, bias, mask)
     exponentials, share = _softmax_parts(logits, mask)
     weights = exponentials * share
-    shares = exponentials if scale_output else weights
+    factors = exponentials if scale_output else weights
     each = jnp.einsum(
         "...hij,...hjk->...hik",
-        shares.astype(value.dtype),
+        factors.astype(value.dtype),
         heads_first(value),
         preferred_element_type=logits.dtype,
     )

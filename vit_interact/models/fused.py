@@ -26,21 +26,21 @@ def fused_attention(
     makes all weights at once.
     """
     if bias is not None:
-        return plain_attention(query, key, value, mask, bias)
+        return _plain_attention(query, key, value, mask, bias)
     given = () if mask is None else (mask,)
     return lax.platform_dependent(
-        query, key, value, *given, cpu=plain_attention, default=_dot_product_attention
+        query, key, value, *given, cpu=_plain_attention, default=_dot_product_attention
     )
 
 
-def plain_attention(
-    query: Float[Array, "*B N H K"],
-    key: Float[Array, "*B M H K"],
-    value: Float[Array, "*B M H K"],
-    mask: Bool[Array, ...] | None = None,
+def _plain_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None = None,
     bias: SeparableBias | None = None,
-) -> Float[Array, "*B N H K"]:
-    """The same output by products and softmax, in blocks of queries where there are many tokens."""
+) -> Array:
+    """The same output by products and softmax, in blocks where there are many tokens."""
     *batch, queries, heads, _ = query.shape
     blocks = suitable_blocks(math.prod(batch), heads, queries, key.shape[-3])
     if blocks is None:

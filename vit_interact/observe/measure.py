@@ -186,14 +186,13 @@ def _checked(
     return names, choose_layers(model, params, images, layers), *make_score(score, images.shape[0])
 
 
-Blocks = QueryBlocks | None
-
-
 def _needs_backward(name: str) -> bool:
     return "output_grad" in NEEDS[name]
 
 
-def _blocks(model: Any, images: Any, keep: Any, block: int | None, small: bool) -> Blocks:
+def _blocks(
+    model: Any, images: Any, keep: Any, block: int | None, small: bool
+) -> QueryBlocks | None:
     """What `block` asks for; None to work on all queries of a layer at once."""
     if not isinstance(model, ViT):
         if block is not None:
