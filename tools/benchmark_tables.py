@@ -34,8 +34,14 @@ COMMANDS: dict[str, list[str]] = {
     "blocks": ["blocks"],
     "fields": ["fields"],
     "windows": ["windows"],
-    "blocks_given_back": ["blocks", "--give-back", "--blocks", "457,1370",
-                          "--indicators", "attention,leave_one_out"],  # fmt: skip
+    "blocks_given_back": [
+        "blocks",
+        "--give-back",
+        "--blocks",
+        "457,1370",
+        "--indicators",
+        "attention,leave_one_out",
+    ],
     "windows_attention": ["windows_attention"],
     "statistics": ["statistics", "--parts", "survey,update,memory"],
     "high_resolution": ["high_resolution"],

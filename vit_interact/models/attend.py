@@ -202,8 +202,8 @@ def explicit_attention(
     """Attention that keeps its weights. `query` is already scaled; see `Attended` for shapes.
 
     With `scale_output` the softmax divides rows of the output, `K` numbers each, and not rows of
-    the weights, `N` each. XLA's CPU then takes 0.7 to 0.9 of the time where one elementwise sum or
-    nobody reads the weights (docs/kernels.md); where several do, it would keep both.
+    the weights, `N` each: faster on XLA's CPU for several short images (docs/kernels.md). It is for
+    weights that one elementwise sum or nobody reads; where several do, both would be kept.
     """
     if is_single(batch := query.shape[:-3]):
         inputs = without_batch(query, key, value, bias, mask)
