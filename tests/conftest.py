@@ -1,5 +1,6 @@
 """Shared fixtures. Types and shapes of every function are enforced while tests run."""
 
+import importlib.metadata
 import os
 import pathlib
 
@@ -19,6 +20,17 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Leaves XLA's slower emitter of CPU fusions, which users have, to the run of slow tests.
+
+    It decides how a fusion is written, not what is fused, and takes more than a third of the time.
+    XLA reads its flags when the first program is compiled. From 0.12 on jaxlib has no such flag.
+    """
+    version = tuple(int(part) for part in importlib.metadata.version("jaxlib").split(".")[:2])
+    if config.option.markexpr != "slow" and version < (0, 11):
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,11 @@
 
 import contextlib
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vit_interact.models.config import ViTConfig
 from vit_interact.models.vit import ViT
@@ -24,11 +26,16 @@ def tiny(seed=0, batch=2, **overrides):
     )
     model = ViT(ViTConfig(**{**fields, **overrides}))
     images = jax.random.normal(jax.random.key(seed + 1), (batch, *model.config.image_size, 3))
-    params = jax.jit(model.init)(jax.random.key(seed), images)["params"]
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 2), len(leaves))
-    noisy = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return model, jax.tree.unflatten(tree, noisy), images
+    shapes = jax.eval_shape(model.init, jax.random.key(seed), images)["params"]
+    generator = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        # Without `model.init`, whose program would take longer to compile than most tests run.
+        start = 1.0 if path[-1].key == "scale" else 0.0
+        spread = math.hypot(0.2, 0 if leaf.ndim < 2 else leaf.shape[-1] ** -0.5)
+        return jnp.asarray(start + spread * generator.normal(size=leaf.shape), leaf.dtype)
+
+    return model, jax.tree_util.tree_map_with_path(draw, shapes), images
 
 
 def stacked(params):

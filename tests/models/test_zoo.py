@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import pytest
 
@@ -30,6 +32,7 @@ def test_every_name_is_pinned():
     assert sorted(COUNTS) == sorted(vi.list_models())
 
 
+@functools.cache
 def made(config):
     image = jax.ShapeDtypeStruct((1, *config.image_size, 3), "float32")
     shapes = jax.eval_shape(ViT(config).init, jax.random.key(0), image)

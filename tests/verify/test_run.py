@@ -235,6 +235,7 @@ def test_unreadable_images_are_named_and_left_out(tmp_path, weights):
     assert left_out["image"] == str(broken) and "cut short" in left_out["reason"]
 
 
+@pytest.mark.slow
 def test_command_with_tfds(tmp_path, weights, monkeypatch):
     pets(tmp_path, broken=[3])
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))

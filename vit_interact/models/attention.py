@@ -78,7 +78,7 @@ def _attend(taps: Taps, inputs: tuple[Any, ...]) -> tuple[Array, dict[str, Array
     """Each head's output, and what `taps` asks for of the forward pass."""
     if isinstance(taps.blocks, QueryBlocks) and taps.reduce is None:
         query, key, value, bias, mask, _ = inputs
-        return fused_attention(query, key, value, mask, bias), {}
+        return fused_attention(query, key, value, mask, bias, taps.blocks), {}
     if taps.blocks is not None:
         return attend_by(inputs, taps.blocks, taps.reduce)
     attended = explicit_attention(*inputs)

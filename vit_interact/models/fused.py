@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -9,7 +10,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from vit_interact.models.attend import attend_in_blocks, explicit_attention, suitable_blocks
+from vit_interact.models.attend import (
+    QueryBlocks,
+    attend_in_blocks,
+    explicit_attention,
+    suitable_blocks,
+)
 from vit_interact.models.bias import SeparableBias
 
 
@@ -19,17 +25,19 @@ def fused_attention(
     value: Float[Array, "*B M H K"],
     mask: Bool[Array, ...] | None = None,
     bias: SeparableBias | None = None,
+    blocks: QueryBlocks | None = None,
 ) -> Float[Array, "*B N H K"]:
     """The output by the fastest way of the device, for arrays as `explicit_attention` takes them.
 
     On a CPU, `jax.nn.dot_product_attention` is slower than products and softmax written out, and
-    makes all weights at once.
+    makes all weights at once. Those are written out in `blocks`, of `suitable_blocks` by default.
     """
+    plain = functools.partial(_plain_attention, blocks=blocks)
     if bias is not None:
-        return _plain_attention(query, key, value, mask, bias)
+        return plain(query, key, value, mask, bias)
     given = () if mask is None else (mask,)
     return lax.platform_dependent(
-        query, key, value, *given, cpu=_plain_attention, default=_dot_product_attention
+        query, key, value, *given, cpu=plain, default=_dot_product_attention
     )
 
 
@@ -39,10 +47,12 @@ def _plain_attention(
     value: Array,
     mask: Array | None = None,
     bias: SeparableBias | None = None,
+    *,
+    blocks: QueryBlocks | None,
 ) -> Array:
     """The same output by products and softmax, in blocks where there are many tokens."""
     *batch, queries, heads, _ = query.shape
-    blocks = suitable_blocks(math.prod(batch), heads, queries, key.shape[-3])
+    blocks = blocks or suitable_blocks(math.prod(batch), heads, queries, key.shape[-3])
     if blocks is None:
         full = None if bias is None else bias.full(key.shape[-3])
         return explicit_attention(query, key, value, full, mask, scale_output=True).output
