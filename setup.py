@@ -63,7 +63,7 @@ setup(
         "clu",
         "flax>=0.10.7",
         "grain>=0.2.18",
-        "jax>=0.7",
+        "jax>=0.8",
         "jaxtyping>=0.3",
         "jinja2",
         "matplotlib>=3.9",

@@ -17,7 +17,8 @@ if sys.argv[1] == "keep":
 import jax, jax.numpy as jnp
 @jax.jit
 def f(x, kernel):
-    return (jnp.sin(x @ kernel) @ kernel).sum()
+    # Turned round, or XLA of jax 0.12 multiplies twice in one loop and keeps nothing.
+    return (jnp.sin(x @ kernel)[::-1] @ kernel).sum()
 x, kernel = jnp.zeros((2**20, 16)), jnp.ones((16, 16))
 program = f.lower(x, kernel).compile()
 assert program.memory_analysis().temp_size_in_bytes > 2**26 - 1

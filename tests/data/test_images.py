@@ -203,12 +203,13 @@ def test_the_fast_decoder_gives_pillows_pixels(tmp_path, monkeypatch):
     picture = Image.fromarray(
         np.random.default_rng(0).integers(0, 255, (6, 9, 3), dtype=np.uint8)
     ).resize((57, 43), Image.Resampling.BICUBIC)
-    turned = Image.Exif()
-    turned[0x0112] = 6
+    upright, turned = Image.Exif(), Image.Exif()
+    upright[0x0112], turned[0x0112] = 1, 6
+    description = b'<rdf:Description tiff:Orientation="3"/>'
     options = [
         {"quality": quality, "subsampling": subsampling, "progressive": progressive}
         for quality in (40, 95) for subsampling in (0, 1, 2) for progressive in (False, True)
-    ] + [{"exif": turned}]  # fmt: skip
+    ] + [{"exif": upright}, {"exif": turned}, {"xmp": description}, {"keep_rgb": True}]  # fmt: skip
     paths = [tmp_path / f"{number}.jpg" for number in range(len(options))]
     for path, settings in zip(paths, options, strict=True):
         picture.save(path, **settings)
@@ -216,6 +217,9 @@ def test_the_fast_decoder_gives_pillows_pixels(tmp_path, monkeypatch):
     picture.convert("CMYK").save(tmp_path / "inks.jpg")
     paths += [tmp_path / "grey.jpg", tmp_path / "inks.jpg"]
     fast = [np.asarray(read_image(path)) for path in paths]
+    assert fast[-5].shape == (57, 43, 3)
+    with pytest.raises(ImageError, match="has 57x43"):
+        read_image(paths[0], max_pixels=57 * 43 - 1)
     cut = tmp_path / "cut.jpg"
     cut.write_bytes(paths[0].read_bytes()[:-200])
     with pytest.raises(ImageError) as told:

@@ -12,7 +12,6 @@ from vit_interact import TokenLayout
 from vit_interact import interactions as vx
 from vit_interact.interactions import by_head
 from vit_interact.interactions.indicators import edge_of_logits, gradient_of_logits
-from vit_interact.observe.ablation import enable_x64
 
 SINGLE = [name for name in vx.INDICATORS if name != "rollout"]
 
@@ -201,7 +200,7 @@ def test_gradients_where_one_key_holds_nearly_all(name):
         others = [jnp.asarray(tensors[need], dtype) for need in vx.NEEDS[name][1:]]
         return jax.grad(total)(jnp.asarray(logits, dtype), *others)
 
-    with enable_x64(True):
+    with jax.enable_x64(True):
         expected = np.asarray(slope(jnp.float64))
     assert relative(np.asarray(slope(jnp.float32)), expected) < 1e-4
 
@@ -209,7 +208,7 @@ def test_gradients_where_one_key_holds_nearly_all(name):
 @pytest.mark.parametrize("name", SINGLE)
 def test_gradient_matches_finite_differences(name):
     tensors = make(tokens=4)
-    with enable_x64(True):
+    with jax.enable_x64(True):
         arguments = [jnp.asarray(tensors[need]) for need in vx.NEEDS[name]]
         check_grads(
             lambda w: vx.INDICATORS[name](w, *arguments[1:]),

@@ -13,7 +13,6 @@ from vit_interact.layout import TokenLayout
 from vit_interact.models import pallas_windows
 from vit_interact.models.patch_blocks import needed_blocks, patch_blocks
 from vit_interact.models.window_attention import window_attention
-from vit_interact.observe.ablation import enable_x64
 
 
 @pytest.mark.parametrize(
@@ -88,6 +87,6 @@ def test_what_kernels_cannot_do_is_said():
     windows = boxes(layout, 2)
     with pytest.raises(ValueError, match="expected None or 'pallas'"):
         window_attention(q, k, v, windows, layout, kernel="cuda")
-    with enable_x64(True), pytest.raises(ValueError, match="not in float64"):
+    with jax.enable_x64(True), pytest.raises(ValueError, match="not in float64"):
         wide = [jnp.asarray(x, jnp.float64) for x in (q, k, v)]
         window_attention(*wide, windows, layout, kernel="pallas")

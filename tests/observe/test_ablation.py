@@ -9,7 +9,6 @@ import vit_interact as vi
 from tests.models.helpers import stacked, tiny
 from vit_interact.models.attention import Taps
 from vit_interact.models.vit import ViT
-from vit_interact.observe.ablation import enable_x64
 
 
 def every_edge(model, layers, images=2):
@@ -23,7 +22,7 @@ def test_equals_a_whole_run_with_the_mask():
     edges = np.array([[0, 1, 3, 4], [1, 0, 0, 12], [1, 2, 0, 2], [0, 1, 3, 3]])
     changes = vi.ablate_edges(model, params, images, edges, score=2, batch_size=3)
     assert changes.dtype == np.float64
-    with enable_x64(True):
+    with jax.enable_x64(True):
         exact = ViT(dataclasses.replace(model.config, dtype="float64"), taps=Taps())
         wide = {"params": jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), params)}
         pictures = jnp.asarray(images, jnp.float64)

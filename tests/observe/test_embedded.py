@@ -11,7 +11,6 @@ import vit_interact as vi
 from vit_interact import interactions as vx
 from vit_interact.models.attention import Taps
 from vit_interact.models.vit import ViT
-from vit_interact.observe.ablation import enable_x64
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,7 @@ def test_predicts_its_photographs(embedded):
 def exact(embedded):
     """Captures of the first two layers of one photograph, computed in float64."""
     checkpoint, images = embedded
-    with enable_x64(True):
+    with jax.enable_x64(True):
         model = ViT(dataclasses.replace(checkpoint.model.config, dtype="float64"), taps=Taps())
         params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), checkpoint.params)
         captures = vi.capture(model, params, jnp.asarray(images[:1], jnp.float64), layers=(0, 1))
@@ -86,7 +85,7 @@ def test_edge_against_really_cut_edges(embedded):
     )
     model, params = checkpoint.model, checkpoint.params
     truth = np.abs(vi.ablate_edges(model, params, images[:1], edges, batch_size=16))
-    with enable_x64(True):
+    with jax.enable_x64(True):
         model = ViT(dataclasses.replace(checkpoint.model.config, dtype="float64"), taps=Taps())
         params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), checkpoint.params)
         wide = jnp.asarray(images[:1], jnp.float64)

@@ -14,7 +14,6 @@ from tests.models.helpers import stacked, tiny
 from vit_interact import interactions as vx
 from vit_interact.models.attention import Taps
 from vit_interact.models.vit import ViT
-from vit_interact.observe.ablation import enable_x64
 from vit_interact.observe.measure import measure_with_logits
 
 ALL = tuple(vx.INDICATORS)
@@ -64,7 +63,7 @@ def test_scan_and_remat_measure_and_capture_the_same(options):
 def test_gradient_is_the_derivative_of_the_score():
     """`g` against adding a small change to one head's output by hand."""
     model, params, images = tiny(layer_scale=0.7)
-    with enable_x64(True):
+    with jax.enable_x64(True):
         wide = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), params)
         # Empty taps: the explicit path, since the fused one has a float32 softmax.
         exact = ViT(dataclasses.replace(model.config, dtype="float64"), taps=Taps())

@@ -145,6 +145,9 @@ def _decode(name: Path | str, file: Path | io.BytesIO, max_pixels: int) -> Image
     with warnings.catch_warnings():
         # Pillow warns at half of the limit below, and of damaged EXIF data that nobody needs.
         warnings.simplefilter("ignore")
+        fast = _decode_fast(file, max_pixels)
+        if fast is not None:
+            return fast
         with Image.open(file) as image:
             pixels = image.width * image.height
             if pixels > max_pixels:
@@ -153,29 +156,42 @@ def _decode(name: Path | str, file: Path | io.BytesIO, max_pixels: int) -> Image
                     f"has {image.width}x{image.height} = {pixels / 1e6:.0f} megapixels; the "
                     f"limit is {max_pixels / 1e6:.0f}: resize it first",
                 )
-            fast = _decode_fast(file, image)
-            if fast is not None:
-                return fast
             image.load()
             # The transpose must see the EXIF data, which conversions drop.
             return _to_rgb(ImageOps.exif_transpose(image))
 
 
-def _decode_fast(file: Path | io.BytesIO, image: Image.Image) -> Image.Image | None:
+def _decode_fast(file: Path | io.BytesIO, max_pixels: int) -> Image.Image | None:
     """An upright RGB JPEG through simplejpeg where that is installed: the same pixels, sooner.
 
     Pillow feeds its decoder in small pieces and copies rows. All else, and whatever is wrong with a
     file, is left to Pillow by None.
     """
-    if image.format != "JPEG" or image.mode != "RGB" or not _simplejpeg():
+    if not _simplejpeg():
         return None
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        return None
-    content = file.getvalue() if isinstance(file, io.BytesIO) else file.read_bytes()
+    content = file.getvalue() if isinstance(file, io.BytesIO) else _whole_jpeg(file)
     try:
+        height, width, space, _ = _simplejpeg().decode_jpeg_header(content)
+        if space not in ("YCbCr", "RGB") or width * height > max_pixels or _is_turned(content):
+            return None
         return Image.fromarray(_simplejpeg().decode_jpeg(content))
     except ValueError:
         return None
+
+
+def _whole_jpeg(path: Path) -> bytes:
+    """The content of a JPEG file, and nothing of another, which may be large."""
+    with path.open("rb") as file:
+        start = file.read(2)
+        return start + file.read() if start == b"\xff\xd8" else b""
+
+
+def _is_turned(content: bytes) -> bool:
+    """Whether a JPEG's EXIF data, or XMP data in their place, say that it is not upright."""
+    if b"Exif\0\0" not in content and b"tiff:Orientation" not in content:
+        return False  # without Pillow, whose look at a file costs a tenth of decoding it
+    with Image.open(io.BytesIO(content)) as image:
+        return bool(image.getexif().get(ExifTags.Base.Orientation, 1) != 1)
 
 
 @functools.cache

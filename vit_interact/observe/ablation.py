@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -16,10 +15,6 @@ from jaxtyping import Array, Float
 from vit_interact.models.attention import Taps
 from vit_interact.models.vit import Block, Images, ViT
 from vit_interact.observe.probe import Score, class_score, make_score
-
-# jax 0.7 has it under jax.experimental, later releases only at the top.
-_X64_HOME: Any = jax if hasattr(jax, "enable_x64") else jax.experimental
-enable_x64 = _X64_HOME.enable_x64
 
 
 def ablate_edges(
@@ -67,7 +62,7 @@ def ablate_edges(
 
     function, classes = make_score(score, len(images))
     exact = ViT(dataclasses.replace(config, dtype="float64", scan=False, remat=False))
-    with enable_x64(True):
+    with jax.enable_x64(True):
         outside, blocks = _split_params(params, config)
         pictures = jnp.asarray(np.asarray(images, np.float64))
         hidden, base_logits = _run(exact, outside, blocks, pictures)
