@@ -29,15 +29,6 @@ _AT_1024 = ["--image-size", "1024", "--batch", "1", "--depth", "2"]
 COMMANDS: dict[str, list[str]] = {
     "indicators": ["indicators", "--models", "vit_s16", "--batches", "1,8", "--memory"],
     "indicators_518": ["indicators", "--models", "vit_s14@518", "--batches", "1", "--memory"],
-    "indicators_518_8": [
-        "indicators",
-        "--models",
-        "vit_s14@518",
-        "--batches",
-        "8",
-        "--repeats",
-        "3",
-    ],
     "indicators_b16": [
         "indicators",
         "--models",
@@ -68,7 +59,7 @@ COMMANDS: dict[str, list[str]] = {
     "scaling_vit_b16": ["scaling", "--volume-of", "vit_b16", "--batch", "64"],
     "training": ["training"],
     "cpu": ["cpu"],
-    "data_path": ["data_path"],
+    "data_path": ["data_path", "--repeats", "21"],
     "viewer": ["viewer"],
     "start": ["start"],
 }
