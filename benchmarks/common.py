@@ -31,6 +31,9 @@ from vit_interact.heap import keep_freed_memory
 
 Row = dict[str, Any]
 
+TURN_SECONDS = 0.1
+"""How long a turn of `take_turns` is on an accelerator, at least."""
+
 
 def make_parser(doc: str | None, repeats: int) -> argparse.ArgumentParser:
     """A parser with the options of every benchmark."""
@@ -66,9 +69,13 @@ def add_no_peer(parser: argparse.ArgumentParser) -> None:
 
 
 def has_peer(options: argparse.Namespace) -> bool:
-    """Whether PyTorch takes part; says how to get it where it is missing."""
+    """Whether PyTorch takes part; says how to get it where it is missing.
+
+    It then shares a GPU's memory with us, of which jax would take three quarters at its start.
+    """
     if options.no_peer:
         return False
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     found = importlib.util.find_spec("transformers") is not None
     if not found:
         print('PyTorch is not here: pip install -e ".[bench]"', file=sys.stderr)
@@ -129,22 +136,44 @@ def take_turns(
 ) -> dict[str, Times]:
     """Times calls one after the other, again and again, so that all meet the same disturbances.
 
+    On an accelerator a turn makes a call often enough to take `TURN_SECONDS`, and waits once: one
+    call alone would mostly wait for its own start, which others hide behind what runs already.
+
     Args:
-      calls: what to time; a result that holds JAX arrays is waited for.
+      calls: what to time; a result that holds JAX arrays is waited for, and PyTorch's GPU is.
       repeats: turns that count; one before them warms up.
       pause: seconds between calls, for threads of another library to fall asleep.
     """
     wall: dict[str, list[float]] = {name: [] for name in calls}
     cpu: dict[str, list[float]] = {name: [] for name in calls}
+    times = {name: 1 if jax.default_backend() == "cpu" else _often(calls[name]) for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():
             time.sleep(pause)
             began, used = time.perf_counter(), time.process_time()
-            jax.block_until_ready(call())
+            _call(call, times[name])
             if turn:
-                wall[name].append(time.perf_counter() - began)
-                cpu[name].append(time.process_time() - used)
+                wall[name].append((time.perf_counter() - began) / times[name])
+                cpu[name].append((time.process_time() - used) / times[name])
     return {name: Times(tuple(wall[name]), tuple(cpu[name])) for name in calls}
+
+
+def _often(call: Callable[[], Any]) -> int:
+    """How often a call is to be made in a turn on an accelerator."""
+    _call(call, 2)  # compiles, and tunes
+    began = time.perf_counter()
+    _call(call, 2)
+    return math.ceil(2 * TURN_SECONDS / (time.perf_counter() - began))
+
+
+def _call(call: Callable[[], Any], times: int) -> None:
+    result = None
+    for _ in range(times):
+        result = call()
+    jax.block_until_ready(result)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def temporary_mib(compiled: Any) -> float:

@@ -160,7 +160,7 @@ def _with_peer(
     with tempfile.TemporaryDirectory() as folder:
         torch_route.save(peer, Path(folder))
         loaded = vi.load_checkpoint(folder, dtype=dtype)
-    peer = peer.to(getattr(torch, dtype))
+    peer = peer.to(getattr(torch, dtype)).to(torch_route.where())
     pixels = torch_route.to_torch(images).to(getattr(torch, dtype))
     calls = {
         _FORWARD: torch_route.forward(peer, pixels, "sdpa"),
@@ -210,7 +210,7 @@ def compare(case: Case, batch: int, repeats: int) -> list[common.Row]:
 
 def _difference(ours: Any, theirs: Any) -> float:
     """Largest absolute difference over the largest value: both must compute the same thing."""
-    expected = theirs.float().numpy()
+    expected = theirs.float().cpu().numpy()
     return float(np.abs(np.asarray(ours, np.float32) - expected).max() / np.abs(expected).max())
 
 

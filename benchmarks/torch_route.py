@@ -37,11 +37,18 @@ def save(model: Any, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def to_torch(images: np.ndarray) -> Any:
-    """`[B, 3, h, w]` of `[B, h, w, 3]`."""
+def where() -> str:
+    """PyTorch's device: a GPU where it has one."""
     import torch
 
-    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def to_torch(images: np.ndarray) -> Any:
+    """`[B, 3, h, w]` of `[B, h, w, 3]`, on PyTorch's device."""
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(where())
 
 
 def forward(model: Any, pixels: Any, implementation: str) -> Callable[[], Any]:
@@ -79,7 +86,7 @@ def training_step(model: Any, pixels: Any, labels: Any, mixed: bool) -> Callable
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        return loss.item()  # waits for the GPU
+        return loss
 
     return call
 
@@ -176,7 +183,7 @@ def _roll(maps: list[Any]) -> list[Any]:
 
     rolled: list[Any] = []
     for layer in maps:
-        mixed = 0.5 * layer + 0.5 * torch.eye(layer.shape[-1])
+        mixed = 0.5 * layer + 0.5 * torch.eye(layer.shape[-1]).to(layer)
         rolled.append(mixed @ rolled[-1] if rolled else mixed)
     return rolled
 

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -49,17 +51,33 @@ def main() -> None:
     options = parser.parse_args()
     fixed = {"model": options.model, "pixels": options.size, "batch": options.batch_size,
              "dtype": options.dtype}  # fmt: skip
+    peer = common.has_peer(options)  # before jax takes a GPU's memory
     report = common.Report("training", fixed, ("flax", "optax", "grain", "torch", "transformers"))
-    config = _config(options)
-    peer = common.has_peer(options)
-    for row in [*_data_path(config, options.repeats), *_steps(config, options.repeats, peer)]:
-        report.add(**row)
+    with tempfile.TemporaryDirectory() as folder:
+        _run(report, _config(options, _photographs(options.batch_size, folder)), options, peer)
     report.show(options.json)
 
 
-def _config(options: argparse.Namespace) -> Any:
+def _run(report: common.Report, config: Any, options: argparse.Namespace, peer: bool) -> None:
+    for row in [*_data_path(config, options.repeats), *_steps(config, options.repeats, peer)]:
+        report.add(**row)
+
+
+def _photographs(batch: int, folder: str) -> Path:
+    """The embedded photographs, linked as often as makes two batches."""
+    photographs = sample_weights().parent / "caltech101"
+    every = sorted(photographs.glob("*/*.jpg"))
+    for number in range(-(-2 * batch // len(every))):
+        for path in every:
+            link = Path(folder, path.parent.name, f"{number}_{path.name}")
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(path)
+    return Path(folder)
+
+
+def _config(options: argparse.Namespace, photographs: Path) -> Any:
     config = default_config()
-    config.data.source = str(sample_weights().parent / "caltech101")
+    config.data.source = str(photographs)
     config.batch_size = options.batch_size
     config.model.name, config.model.dtype = options.model, options.dtype
     config.model.image_size = (options.size, options.size)
@@ -181,7 +199,7 @@ def _peer_step(model: ViT, config: Any) -> Callable[[], Any]:
     from benchmarks import torch_route
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    where = "cuda" if torch.cuda.is_available() else "cpu"
+    where = torch_route.where()
     pixels = torch.randn(config.batch_size, 3, *config.model.image_size, device=where)
     labels = torch.arange(config.batch_size, device=where) % model.config.num_classes
     mixed = config.model.dtype == "bfloat16"

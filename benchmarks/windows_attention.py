@@ -9,9 +9,9 @@ One layer of ViT-S (6 heads of 64), random queries, keys and values. Windows are
 need, one that falls to 1/e over an eighth of the grid along each axis; and of a quarter of the
 grid. That is the friendly case, as neighbours' windows overlap; `--windows` takes real ones,
 which differ from patch to patch and so save less. Products are those of queries with keys,
-computed over all N x N. Dense is measured twice: what this package's models use, and
-`jax.nn.dot_product_attention`, which on a GPU is cuDNN's flash attention when the type is
-bfloat16. `faster` and `faster_than_jax` are their times over that of windows, the median over
+computed over all N x N. Dense is measured twice: what this package's models use, which on a GPU is
+cuDNN's flash attention when the type is bfloat16, and `jax.nn.dot_product_attention`, which makes
+all weights. `faster` and `faster_than_jax` are their times over that of windows, the median over
 turns in one process; `cpu_...` the same of the processor's time, which other programs disturb less.
 """
 
@@ -30,6 +30,7 @@ import numpy as np
 from benchmarks import common
 from vit_interact.interactions.windows import window_area
 from vit_interact.layout import TokenLayout
+from vit_interact.models import pallas_boxes, pallas_windows
 from vit_interact.models.fused import fused_attention
 from vit_interact.models.window_attention import computed_share, window_attention
 
@@ -66,10 +67,7 @@ def measure(
     if kernel is None:
         share = computed_share(windows, layout)
     else:
-        from vit_interact.models import pallas_windows
-
-        size = pallas_windows.suitable_size(jax.default_backend(), query.dtype)
-        share = pallas_windows.computed_share(windows, layout, size)
+        share = _share_in_pallas(windows, layout, options.dtype)
 
     def whole(function: Callable[..., Any]) -> Callable[..., Any]:
         if not options.backward:
@@ -78,7 +76,7 @@ def measure(
 
     functions = {
         "dense": whole(lambda q, k, v, w: fused_attention(q, k, v)),
-        "jax": whole(lambda q, k, v, w: peer(options.dtype)(q, k, v, scale=1.0)),
+        "jax": whole(lambda q, k, v, w: jax.nn.dot_product_attention(q, k, v, scale=1.0)),
         "windows": whole(lambda q, k, v, w: window_attention(q, k, v, w, layout, kernel)),
     }
     arguments = (query / WIDTH**0.5, key, value, boxes, grad)
@@ -102,12 +100,12 @@ def measure(
     }
 
 
-def peer(dtype: str) -> Callable[..., Any]:
-    """Attention of jax itself, cuDNN's where that can be had: it knows no float32."""
-    flash = jax.default_backend() == "gpu" and dtype == "bfloat16"
-    return functools.partial(
-        jax.nn.dot_product_attention, implementation="cudnn" if flash else None
-    )
+def _share_in_pallas(windows: np.ndarray, layout: TokenLayout, dtype: str) -> Any:
+    if jax.default_backend() != "gpu":
+        return pallas_windows.computed_share(windows, layout)
+    if pallas_boxes.suitable_tiles(layout, jnp.dtype(dtype)) is None:
+        return 1.0
+    return pallas_boxes.computed_share(windows, layout, jnp.dtype(dtype))
 
 
 def main() -> None:
@@ -125,7 +123,6 @@ def main() -> None:
         "dtype": options.dtype,
         "batch": options.batch,
         "kernel": options.kernel or "xla",
-        "peer": peer(options.dtype).keywords["implementation"] or "xla",
         "backward": options.backward,
     }
     report = common.Report("windows_attention", fixed)

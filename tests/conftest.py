@@ -9,8 +9,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Nothing is left in the home of who runs the tests.
 os.environ.setdefault("VIT_INTERACT_COMPILE_CACHE", "off")
 # Tests compile much and compute little: without LLVM's optimisations they take half the time. What
-# is asserted about memory and FLOPs is decided before LLVM.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+# is asserted about memory and FLOPs is decided before LLVM. A GPU's programs stay what they are.
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
 
 from jaxtyping import install_import_hook
 
@@ -30,7 +32,8 @@ def pytest_configure(config: pytest.Config) -> None:
     earlier ones round some sums otherwise with it. Tests to the last bit are slow ones, therefore.
     """
     version = tuple(int(part) for part in importlib.metadata.version("jaxlib").split(".")[:2])
-    if config.option.markexpr != "slow" and (0, 10) <= version < (0, 11):
+    cpu = os.environ["JAX_PLATFORMS"] == "cpu"
+    if cpu and config.option.markexpr != "slow" and (0, 10) <= version < (0, 11):
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 

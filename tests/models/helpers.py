@@ -48,9 +48,9 @@ def stacked(params):
 
 
 def lowered(function, platform, *shapes):
-    """The program as text, for a platform that is not here; jax from 0.12 asks which GPU."""
+    """The program as text, for a platform that is not here; jax from 0.11 on asks which GPU."""
     with contextlib.ExitStack() as stack:
-        if platform == "cuda" and jax.__version_info__ >= (0, 12):
+        if platform == "cuda" and jax.__version_info__ >= (0, 11):
             from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
             gpu = AbstractDevice("NVIDIA H100", 132, "gpu")

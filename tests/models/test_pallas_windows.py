@@ -26,7 +26,7 @@ from vit_interact.models.window_attention import window_attention
 def test_equals_a_mask_with_its_derivatives(layout, reach):
     windows = boxes(layout, reach)
     windows[0, 2] = 0  # nobody's window, but it must give zeros as a mask does
-    attend = lambda *a: pallas_windows.attend(layout, 16, *a, jnp.asarray(windows))  # noqa: E731
+    attend = lambda *a: pallas_windows.attend(layout, True, *a, jnp.asarray(windows), 16)  # noqa: E731
     equals_a_mask(attend, layout, windows)
 
 
@@ -41,7 +41,7 @@ def test_blocks_that_no_window_reaches_are_not_read():
     np.testing.assert_allclose(share, (4 + 9) * 16**2 / 65**2)
     poison = np.isin(np.arange(65) - 1, blocks.patches[1:])
     v = jnp.where(poison[:, None, None], jnp.nan, v)
-    found = np.asarray(pallas_windows.attend(layout, 16, q, k, v, windows))[0]
+    found = np.asarray(pallas_windows.attend(layout, True, q, k, v, windows, 16))[0]
     assert np.isfinite(found[1 + blocks.patches[0]]).all()
     assert np.isnan(found[0]).all()  # the prefix token reads all
 

@@ -179,7 +179,7 @@ def test_pallas_kernels_measure_the_same(options):
 def test_where_pallas_kernels_do_not_serve():
     model, params, images = tiny(layer_scale=0.5, depth=1)
     for options, message in [
-        ({"kernel": "triton"}, "expected None or 'pallas'"),
+        ({"kernel": "triton"}, "expected None, 'xla' or 'pallas'"),
         ({"kernel": "pallas", "block": 4}, "neither mask nor block"),
         ({"kernel": "pallas", "reduce": "fields"}, "no kernel"),
         ({"kernel": "pallas", "indicators": ("value_norm",)}, "no Pallas kernel"),

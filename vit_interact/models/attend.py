@@ -85,6 +85,10 @@ class Weightless(Protocol):
         """The map `[B, M, N]` of an indicator; `g` is the gradient of the output."""
         ...
 
+    def later(self, name: str, g: Array | None = None) -> Any:
+        """What `tiled.stack_maps` makes maps of several layers from."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class QueryBlocks:
@@ -129,10 +133,12 @@ class Tiles:
     Attributes:
       queries: queries in a tile, a power of two; 0 with `keys=0` for what suits the device.
       keys: keys in a tile, a power of two; a multiple of 128 on a TPU.
+      interpret: whose kernels a CPU interprets, "tpu" or "gpu".
     """
 
     queries: int = 0
     keys: int = 0
+    interpret: str = "tpu"
 
     def __post_init__(self) -> None:
         sides = (self.queries, self.keys)
@@ -308,7 +314,7 @@ def attend_by(
     blocks: QueryBlocks | Tiles,
     reduce: Callable[..., dict[str, Any]] | None = None,
     output_grad: Float[Array, "*B N H K"] | None = None,
-) -> tuple[Float[Array, "*B N H K"], dict[str, Array]]:
+) -> tuple[Float[Array, "*B N H K"], dict[str, Any]]:
     """`attend_in_blocks`, or `tiled.attend_in_tiles`."""
     if isinstance(blocks, Tiles):
         # Only here: Pallas takes a while to load, and few ask for it.

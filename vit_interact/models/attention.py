@@ -74,7 +74,7 @@ class Taps:
             raise ValueError(f"attention cannot sow {unknown}; it can sow {KINDS}")
 
 
-def _attend(taps: Taps, inputs: tuple[Any, ...]) -> tuple[Array, dict[str, Array]]:
+def _attend(taps: Taps, inputs: tuple[Any, ...]) -> tuple[Array, dict[str, Any]]:
     """Each head's output, and what `taps` asks for of the forward pass."""
     if isinstance(taps.blocks, QueryBlocks) and taps.reduce is None:
         query, key, value, bias, mask, _ = inputs
@@ -89,7 +89,7 @@ def _attend(taps: Taps, inputs: tuple[Any, ...]) -> tuple[Array, dict[str, Array
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend_with_sinks(
     taps: Taps, sinks: dict[str, Array], inputs: tuple[Any, ...]
-) -> tuple[Array, dict[str, Array]]:
+) -> tuple[Array, dict[str, Any]]:
     """`_attend`; in the backward pass, `taps.reduce_grad(attended, g)` becomes d/d`sinks`.
 
     The weights are made again from `inputs = (query, key, value, bias, mask, out_kernel)`, in

@@ -63,3 +63,38 @@ class Dense(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, features) if self.use_bias else None
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         return dense(x, kernel, bias, self.axes)
+
+
+class PatchEmbedding(nn.Module):
+    """A convolution of patches that do not overlap, with the parameters of `nn.Conv`.
+
+    As one product of matrices: XLA's convolution takes several times as long on a GPU, and so does
+    its derivative by the images on a CPU (docs/benchmarks.md).
+
+    Attributes:
+      features: width of a token.
+      patch_size: height and width of a patch.
+      use_bias: whether there is a bias.
+      dtype: compute type.
+    """
+
+    features: int
+    patch_size: tuple[int, int]
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "B h w C"]) -> Float[Array, "B rows cols D"]:
+        """Tokens of the whole patches; what is left at the right and the bottom is cut off."""
+        high, wide = self.patch_size
+        batch, height, width, channels = images.shape
+        shape = (high, wide, channels, self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        zeros = nn.initializers.zeros
+        bias = self.param("bias", zeros, (self.features,)) if self.use_bias else None
+        images, kernel, bias = promote_dtype(images, kernel, bias, dtype=self.dtype)
+        rows, cols = height // high, width // wide
+        patches = images[:, : rows * high, : cols * wide]
+        patches = patches.reshape(batch, rows, high, cols, wide, channels).swapaxes(2, 3)
+        patches = patches.reshape(batch, rows, cols, -1)
+        return dense(patches, kernel.reshape(-1, self.features), bias, 1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,14 +33,74 @@ def fused_attention(
 
     On a CPU, `jax.nn.dot_product_attention` is slower than products and softmax written out, and
     makes all weights at once. Those are written out in `blocks`, of `suitable_blocks` by default.
+    NVIDIA's GPUs get cuDNN's flash attention where it knows type and width and nothing is masked;
+    jax chooses it for nobody. Its derivative is of reverse mode, once.
     """
     plain = functools.partial(_plain_attention, blocks=blocks)
     if bias is not None:
         return plain(query, key, value, mask, bias)
     given = () if mask is None else (mask,)
-    return lax.platform_dependent(
-        query, key, value, *given, cpu=plain, default=_dot_product_attention
+    ways: dict[str, Callable[..., Array]] = {"cpu": plain}
+    if mask is None and cudnn_takes(query, key, value):
+        ways["cuda"] = cudnn_attention
+    return lax.platform_dependent(query, key, value, *given, **ways, default=_dot_product_attention)
+
+
+def cudnn_takes(query: Array, key: Array, value: Array) -> bool:
+    """Whether cuDNN attends to such heads here, as far as jax can tell."""
+    if not query.dtype == key.dtype == value.dtype:
+        return False
+    return _cudnn_knows(query.dtype, query.shape[-1])
+
+
+@functools.cache
+def _cudnn_knows(dtype: Any, width: int) -> bool:
+    if dtype not in (jnp.bfloat16, jnp.float16) or jax.default_backend() != "gpu":
+        return False
+    heads = jax.ShapeDtypeStruct((1, 7, 1, width), dtype)
+    try:
+        jax.eval_shape(jax.grad(lambda *x: cudnn_attention(*x).sum()), heads, heads, heads)
+    except (RuntimeError, NotImplementedError, ValueError):
+        return False  # an old GPU or cuDNN, another maker's, or a width that it does not know
+    return True
+
+
+@jax.custom_vjp
+def cudnn_attention(
+    query: Float[Array, "*B N H K"], key: Float[Array, "*B M H K"], value: Float[Array, "*B M H K"]
+) -> Float[Array, "*B N H K"]:
+    """CuDNN's flash attention, where `cudnn_takes` the arrays; `query` is scaled already."""
+    whole = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+    return _cudnn(*whole).reshape(query.shape)
+
+
+def _cudnn_fwd(query: Array, key: Array, value: Array) -> tuple[Array, Any]:
+    return jax.vjp(_cudnn_of_even, query, key, value)
+
+
+def _cudnn_bwd(pull: Any, grad: Array) -> tuple[Array, ...]:
+    return pull(grad)
+
+
+cudnn_attention.defvjp(_cudnn_fwd, _cudnn_bwd)
+
+
+def _cudnn(query: Array, key: Array, value: Array, **lengths: Any) -> Array:
+    return jax.nn.dot_product_attention(
+        query, key, value, scale=1.0, implementation="cudnn", **lengths
     )
+
+
+def _cudnn_of_even(query: Array, key: Array, value: Array) -> Array:
+    """Where tokens are odd, with one more that nobody attends to: so the derivative wants them."""
+    whole = [x.reshape(-1, *x.shape[-3:]) for x in (query, key, value)]
+    counts = [x.shape[1] for x in whole[:2]]
+    if not any(count % 2 for count in counts):
+        return _cudnn(*whole).reshape(query.shape)
+    queries, keys = (jnp.full(len(whole[0]), count, jnp.int32) for count in counts)
+    even = [jnp.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)]) for x in whole]
+    output = _cudnn(*even, query_seq_lengths=queries, key_value_seq_lengths=keys)
+    return output[:, : counts[0]].reshape(query.shape)
 
 
 def _plain_attention(

@@ -1,4 +1,4 @@
-"""Pallas kernels for GPU and TPU: attention within windows that skips blocks of keys.
+"""Pallas kernels for TPUs: attention within windows that skips blocks of keys.
 
 Tokens are put into blocks: the prefix tokens, which see and are seen by all, then stretches of a
 Hilbert curve through the patches. For each block of queries the blocks of keys that its windows
@@ -6,14 +6,13 @@ reach are listed; a program loops over its list with a running softmax (Milakov 
 as in FlashAttention). Backward, one kernel goes through the same lists for the queries, another
 through the lists the other way round for keys and values. Weights exist for a block by a block.
 
-As `models/pallas_kernels.py`, one source serves both compilers. `models/window_attention.py` is the
-way in; on a CPU, Pallas' interpreter runs this, for tests.
+`models/window_attention.py` is the way in; on a CPU, Pallas' interpreter runs this, for tests. A
+GPU has kernels of its own (`models/pallas_boxes.py`).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,13 +23,15 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
 
 from vit_interact.layout import TokenLayout
-from vit_interact.models.pallas_kernels import MASKED, call, dot, pad_width
+from vit_interact.models.pallas_tpu import MASKED, call
 from vit_interact.models.patch_blocks import needed_blocks, patch_blocks
+from vit_interact.models.tile_maps import dot, pad_width
 
 LOG, ALONG = range(2)
 """Of each query: logarithm of the sum of exponentials; its output times that one's gradient."""
 
-_WARPS = 4
+SIZE = 128
+"""Tokens in a block; lanes of a TPU."""
 
 # Places of keys. Prefix tokens are in every window, filling is in none, not even the prefix's own.
 _EVERYWHERE, _NOWHERE, _BEYOND = -2.0, 1e6, 1e5
@@ -56,17 +57,10 @@ class _Plan(NamedTuple):
     places: Array
 
 
-def suitable_size(platform: str, dtype: Any) -> int:
-    """Tokens in a block, so that a GPU's registers do not spill (docs/kernels.md)."""
-    if platform == "tpu":
-        return 128
-    return 32 if dtype == jnp.float32 else 64
-
-
 def computed_share(
     windows: Int[Array, "*batch P 4"] | Int[np.ndarray, "*batch P 4"],
     layout: TokenLayout,
-    size: int,
+    size: int = SIZE,
 ) -> Float[Array, "*batch"]:
     """As `window_attention.computed_share`, with blocks of `size` tokens and steps of one."""
     needed = _with_prefix(needed_blocks(windows, layout, size), layout)
@@ -75,59 +69,51 @@ def computed_share(
 
 def attend(
     layout: TokenLayout,
-    size: int,
+    interpret: bool,
     query: Float[Array, "B N H K"],
     key: Float[Array, "B N H K"],
     value: Float[Array, "B N H K"],
     windows: Int[Array, "B P 4"],
+    size: int = SIZE,
 ) -> Float[Array, "B N H K"]:
-    """Attention within windows, once differentiable; `size` 0 is what suits the device.
-
-    The kernels are chosen when a program is lowered, so that it can be exported for other machines.
-    """
-
-    def on(platform: str) -> Callable[..., Array]:
-        chosen = size or suitable_size(platform, query.dtype)
-        return functools.partial(_attend, layout, chosen, platform)
-
-    arrays = (query, key, value, windows)
-    return lax.platform_dependent(*arrays, cpu=on("cpu"), tpu=on("tpu"), default=on("gpu"))
+    """Attention within windows, once differentiable, in blocks of `size` tokens."""
+    return _attend(layout, size, interpret, query, key, value, windows)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _attend(
     layout: TokenLayout,
     size: int,
-    platform: str,
+    interpret: bool,
     query: Array,
     key: Array,
     value: Array,
     windows: Array,
 ) -> Array:
-    return _attend_fwd(layout, size, platform, query, key, value, windows)[0]
+    return _attend_fwd(layout, size, interpret, query, key, value, windows)[0]
 
 
 def _attend_fwd(
-    layout: TokenLayout, size: int, platform: str, *arrays: Array
+    layout: TokenLayout, size: int, interpret: bool, *arrays: Array
 ) -> tuple[Array, tuple[Array, ...]]:
     query, key, value, windows = arrays
     q, k, v = (_arrange(x, layout, size) for x in (query, key, value))
     plan = _plan(windows, layout, size)
-    output, log = _forward(size, platform, plan, q, k, v)
+    output, log = _forward(size, interpret, plan, q, k, v)
     output = _restore(output, layout, size, query.shape[-1]).astype(value.dtype)
     return output, (*arrays, output, log)
 
 
 def _attend_bwd(
-    layout: TokenLayout, size: int, platform: str, kept: tuple[Array, ...], grad: Array
+    layout: TokenLayout, size: int, interpret: bool, kept: tuple[Array, ...], grad: Array
 ) -> tuple[Any, ...]:
     query, key, value, windows, output, log = kept
     q, k, v, g = (_arrange(x, layout, size) for x in (query, key, value, grad.astype(value.dtype)))
     along = jnp.sum(output.astype(jnp.float32) * grad.astype(jnp.float32), axis=-1, keepdims=True)
     rows = jnp.concatenate([log, _arrange(along, layout, size)[..., :1]], axis=-1)
     plan = _plan(windows, layout, size)
-    by_query = _by_queries(size, platform, plan, q, k, v, g, rows)
-    by_key, by_value = _by_keys(size, platform, plan, q, k, v, g, rows)
+    by_query = _by_queries(size, interpret, plan, q, k, v, g, rows)
+    by_key, by_value = _by_keys(size, interpret, plan, q, k, v, g, rows)
     of = ((by_query, query), (by_key, key), (by_value, value))
     return *(_restore(x, layout, size, a.shape[-1]).astype(a.dtype) for x, a in of), None
 
@@ -193,7 +179,7 @@ class _Specs(NamedTuple):
     """How programs `(image, head, block)` see arrays: their own block, or all of an image."""
 
     size: int
-    platform: str
+    interpret: bool
 
     def own(self, columns: int) -> pl.BlockSpec:
         """A block of `[B, H, tokens, columns]`."""
@@ -206,7 +192,7 @@ class _Specs(NamedTuple):
     def scalars(self, array: Array) -> pl.BlockSpec:
         """All of `[B, 1, ...]`, where a TPU can branch on them."""
         more: Any = {}
-        if self.platform == "tpu":
+        if not self.interpret:
             from jax.experimental.pallas import tpu
 
             more = {"memory_space": tpu.SMEM}
@@ -222,16 +208,15 @@ class _Specs(NamedTuple):
 
 
 def _forward(
-    size: int, platform: str, plan: _Plan, q: Array, k: Array, v: Array
+    size: int, interpret: bool, plan: _Plan, q: Array, k: Array, v: Array
 ) -> tuple[Array, Array]:
     """The output `[B, H, M, K']` and its `LOG` `[B, H, M, 1]`, float32."""
-    specs, (*lead, tokens, width) = _Specs(size, platform), q.shape
+    specs, (*lead, tokens, width) = _Specs(size, interpret), q.shape
     plan_specs, plan_arrays = specs.of_queries(plan)
     return call(
         functools.partial(_forward_kernel, size),
-        platform,
+        interpret,
         "vit_interact_windows",
-        _WARPS,
         grid=(*lead, tokens // size),
         in_specs=[*plan_specs, specs.own(width), specs.all(k), specs.all(v)],
         out_specs=[specs.own(width), specs.own(1)],
@@ -268,15 +253,14 @@ def _forward_kernel(
 
 
 def _by_queries(
-    size: int, platform: str, plan: _Plan, q: Array, k: Array, v: Array, g: Array, rows: Array
+    size: int, interpret: bool, plan: _Plan, q: Array, k: Array, v: Array, g: Array, rows: Array
 ) -> Array:
-    specs, (*lead, tokens, width) = _Specs(size, platform), q.shape
+    specs, (*lead, tokens, width) = _Specs(size, interpret), q.shape
     plan_specs, plan_arrays = specs.of_queries(plan)
     return call(
         functools.partial(_queries_kernel, size),
-        platform,
+        interpret,
         "vit_interact_windows_queries",
-        _WARPS,
         grid=(*lead, tokens // size),
         in_specs=[
             *plan_specs, specs.own(width), specs.own(width), specs.own(2), specs.all(k),
@@ -308,17 +292,16 @@ def _queries_kernel(
 
 
 def _by_keys(
-    size: int, platform: str, plan: _Plan, q: Array, k: Array, v: Array, g: Array, rows: Array
+    size: int, interpret: bool, plan: _Plan, q: Array, k: Array, v: Array, g: Array, rows: Array
 ) -> tuple[Array, Array]:
-    specs, (*lead, tokens, width) = _Specs(size, platform), q.shape
+    specs, (*lead, tokens, width) = _Specs(size, interpret), q.shape
     needed = plan.queries_needed[:, None]
     # Transposed tiles: what belongs to queries lies along them.
     windows, rows = jnp.swapaxes(plan.windows, 1, 2), jnp.swapaxes(rows, 2, 3)
     return call(
         functools.partial(_keys_kernel, size),
-        platform,
+        interpret,
         "vit_interact_windows_keys",
-        _WARPS,
         grid=(*lead, tokens // size),
         in_specs=[
             specs.scalars(plan.queries), specs.scalars(needed),

@@ -1,15 +1,17 @@
 """Attention and indicators whose weights exist for a tile at a time, by Pallas kernels.
 
-`attend_in_tiles` does what `attend.attend_in_blocks` does, on GPUs and TPUs with the kernels of
-`models/pallas_kernels.py`, on a CPU with Pallas' interpreter, which is for tests. Derivatives take
+`attend_in_tiles` does what `attend.attend_in_blocks` does, on GPUs with the kernels of
+`models/pallas_gpu.py`, on TPUs with those of `models/pallas_tpu.py`, on a CPU with Pallas'
+interpreter, which is for tests. Derivatives take
 the way of `attend_in_blocks`: outputs and maps are differentiated through blocks of queries in XLA.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +20,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from vit_interact.interactions.indicators import INDICATORS, NEEDS
-from vit_interact.models import pallas_kernels as kernels
+from vit_interact.models import pallas_gpu as gpu
+from vit_interact.models import pallas_tpu as tpu
 from vit_interact.models.attend import (
     SMALLEST_BLOCK,
     Attended,
@@ -27,28 +30,30 @@ from vit_interact.models.attend import (
     attend_in_blocks,
     suitable_blocks,
 )
+from vit_interact.models.fused import cudnn_attention, cudnn_takes
+from vit_interact.models.tile_maps import CUTS, LOG, MAPS, REST, WHICH, MapSides
 
 _EXACT = lax.Precision.HIGHEST
 
 
-class Tiled(NamedTuple):
+class Tiled:
     """What reductions get in place of `Attended`: no weights, but a way to each indicator.
+
+    What several of them need is made once, and what none needs is not made.
 
     Attributes:
       query: `[..., M, H, K]`, scaled by `1/sqrt(K)`.
       key: `[..., N, H, K]`.
       values: `[..., N, H, K]`.
       out_kernel: `[H, K, D]`, multiplied by LayerScale where the model has it; None when unknown.
-      statistics: of the rows, leading axes as one.
       tiles: their sizes.
     """
 
-    query: Array
-    key: Array
-    values: Array
-    out_kernel: Array | None
-    statistics: kernels.Statistics
-    tiles: Tiles
+    def __init__(
+        self, query: Array, key: Array, values: Array, out_kernel: Array | None, tiles: Tiles
+    ) -> None:
+        self.query, self.key, self.values = query, key, values
+        self.out_kernel, self.tiles = out_kernel, tiles
 
     def indicator(self, name: str, g: Array | None = None) -> Float[Array, "*B M N"]:
         """The map of an indicator, `g` being the gradient of the output `[..., M, H, K]`.
@@ -56,12 +61,149 @@ class Tiled(NamedTuple):
         Raises:
           ValueError: for an indicator that has no kernel.
         """
-        if name not in kernels.MAPS:
-            known = ", ".join((*kernels.MAPS, "rollout"))
+        return stack_maps([self.later(name, g)])[0]
+
+    def later(self, name: str, g: Array | None = None) -> LaterMap:
+        """What `indicator` makes the map from.
+
+        Raises:
+          ValueError: for an indicator that has no kernel.
+        """
+        if name not in MAPS:
+            known = ", ".join((*MAPS, "rollout"))
             raise ValueError(f"no Pallas kernel for {name!r}; there is one for {known}")
         inputs = (self.query, self.key, self.values, self.out_kernel, g)
-        found = _map(name, self.tiles, self.statistics, *lax.stop_gradient(inputs))
-        return _differentiable_map(name, found, inputs)
+        return LaterMap(name, self.tiles, inputs, lax.stop_gradient(self._sides(name, g)))
+
+    @property
+    def output(self) -> Float[Array, "*B M H K"]:
+        """Each head's output, in the values' type."""
+        if "_cut" not in self.__dict__:
+            return self._attended[0].reshape(self.query.shape)
+        output = self._cut.output + (0 if self._narrow else self._mean)
+        return output.astype(self.values.dtype).reshape(self.query.shape)
+
+    @functools.cached_property
+    def _inputs(self) -> tuple[Array, Array, Array]:
+        """Query, key and value with leading axes as one."""
+        whole = lax.stop_gradient((self.query, self.key, self.values))
+        query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in whole)
+        return query, key, value
+
+    @functools.cached_property
+    def _narrow(self) -> bool:
+        """Whether products may be rounded as their inputs were."""
+        return self.values.dtype != jnp.float32
+
+    @functools.cached_property
+    def _mean(self) -> Array:
+        """Of the values over tokens, float32 (see `indicators._centred`)."""
+        return jnp.mean(_float(self._inputs[2]), axis=1, keepdims=True)
+
+    @functools.cached_property
+    def _attended(self) -> tuple[Array, Array]:
+        """Outputs, and the first column of the rows' statistics."""
+        return _by_platform("attend", self.tiles, *self._inputs)
+
+    @functools.cached_property
+    def _cut(self) -> _Cut:
+        query, key, value = self._inputs
+        value = value if self._narrow else value - self._mean
+        rest, rows = _by_platform("cut_rows", self.tiles, query, key, value)
+        return _Cut.of(value, rest, rows)
+
+    def _sides(self, name: str, g: Array | None) -> MapSides:
+        query, key, value = self._inputs
+        if "out_kernel" in NEEDS[name] and self.out_kernel is None:
+            raise ValueError(
+                f"{name} needs out_kernel, which this model's attention does not expose"
+            )
+        if "output_grad" in NEEDS[name]:
+            if g is None:
+                raise ValueError(f"{name} needs the gradient of the output")
+            g = lax.stop_gradient(g).reshape(query.shape).astype(value.dtype)
+        cut = name in CUTS or "_cut" in self.__dict__
+        sides = MapSides(query, key, self._cut.rows if cut else self._attended[1])
+        if name == "gradient":
+            sides = sides._replace(left=g, value=value)
+        elif name == "edge":
+            value = value if self._narrow else value - self._mean
+            ends = _sum(_float(g) * self._cut.output), _sum(_float(g) * self._cut.change)
+            sides = sides._replace(left=g, value=value, ends=_columns(*ends))
+        elif name == "leave_one_out":
+            kernel = _float(lax.stop_gradient(self.out_kernel))
+            metric = jnp.einsum("hkd,hld->hkl", kernel, kernel, precision=_EXACT)
+            centred = _float(value) - self._mean
+            # Products with values as they are, where these are narrow; else with centred ones.
+            mean = self._mean if self._narrow else jnp.zeros_like(self._mean)
+            output = self._cut.output - mean
+            left, centred_m, change_m = (
+                jnp.einsum("bihk,hkl->bihl", x, metric, precision=_EXACT)
+                for x in (output, centred, self._cut.change)
+            )
+            ends = (
+                _sum(left * (output + 2 * mean)),
+                jax.nn.relu(_sum(change_m * self._cut.change)),
+            )
+            own = jnp.swapaxes(_sum(centred_m * centred), 1, 2)[..., None, :]
+            value = value if self._narrow else centred
+            sides = sides._replace(left=left, value=value, ends=_columns(*ends), own=own)
+        return sides
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("inputs", "sides"),
+    meta_fields=("name", "tiles"),
+)
+@dataclasses.dataclass(frozen=True)
+class LaterMap:
+    """A map that is not made yet, so that several can be written where they belong.
+
+    Attributes:
+      name: of the indicator.
+      tiles: asked for.
+      inputs: query, key, values, output kernel and gradient, for derivatives.
+      sides: what the kernel takes.
+    """
+
+    name: str
+    tiles: Tiles
+    inputs: tuple[Any, ...]
+    sides: MapSides
+
+
+def stack_maps(layers: Sequence[LaterMap]) -> Float[Array, "L *B M N"]:
+    """The maps of several layers of one model."""
+    name, tiles, batch = layers[0].name, layers[0].tiles, layers[0].inputs[0].shape[:-3]
+    inputs, sides = (tuple(getattr(one, part) for one in layers) for part in ("inputs", "sides"))
+    found = _by_platform(functools.partial(_stacked_maps, name), tiles, sides)
+    found = found.reshape(len(layers), *batch, *found.shape[-2:])
+    return _differentiable_maps(name, lax.stop_gradient(found), inputs)
+
+
+class _Cut(NamedTuple):
+    """Rows with their largest key apart (`by_head.cut_dominant`), float32.
+
+    Attributes:
+      rows: all columns of their statistics `[B, H, M, 3]`.
+      output: `[B, M, H, K]`.
+      change: of the output where the largest key is cut, `[B, M, H, K]`.
+    """
+
+    rows: Array
+    output: Array
+    change: Array
+
+    @classmethod
+    def of(cls, value: Array, rest: Array, rows: Array) -> _Cut:
+        which, rest_sum = (jnp.swapaxes(rows[..., c], 1, 2)[..., None] for c in (WHICH, REST))
+        largest = jnp.take_along_axis(
+            value, which.astype(jnp.int32), axis=1, mode="promise_in_bounds"
+        )
+        total, others = 1 + rest_sum, rest_sum > 0
+        alone = jnp.where(others, rest / jnp.where(others, rest_sum, 1), largest)
+        return cls(rows, (rest + largest) / total, (alone - largest) / total)
 
 
 def attend_in_tiles(
@@ -69,7 +211,7 @@ def attend_in_tiles(
     tiles: Tiles,
     reduce: Callable[..., dict[str, Any]] | None = None,
     output_grad: Float[Array, "*B M H K"] | None = None,
-) -> tuple[Float[Array, "*B M H K"], dict[str, Array]]:
+) -> tuple[Float[Array, "*B M H K"], dict[str, Any]]:
     """Attention and reductions of it that never hold `[B, H, M, N]`.
 
     Args:
@@ -90,87 +232,46 @@ def attend_in_tiles(
         raise ValueError("Pallas kernels take no mask and no predicted windows: kernel=None")
     if jnp.promote_types(query.dtype, value.dtype) == jnp.float64:
         raise ValueError("Pallas kernels compute in float32, not in float64: kernel=None")
-    statistics, output = _attend(tiles, *lax.stop_gradient((query, key, value)))
-    output = _differentiable_output(output, query, key, value)
-    if reduce is None:
-        return output, {}
-    tiled = Tiled(query, key, value, out_kernel, statistics, tiles)
-    return output, reduce(tiled) if output_grad is None else reduce(tiled, output_grad)
+    tiled = Tiled(query, key, value, out_kernel, tiles)
+    given = (tiled,) if output_grad is None else (tiled, output_grad)
+    found = reduce(*given) if reduce else {}
+    # After the reductions, which may have made it on their way.
+    return _differentiable_output(tiled.output, query, key, value), found
 
 
-def _attend(
-    tiles: Tiles, query: Array, key: Array, value: Array
-) -> tuple[kernels.Statistics, Array]:
-    values, mean = _centred(value)
-    found = kernels.row_statistics(
-        _heads_first(query), _heads_first(key), _heads_first(values), tiles
-    )
-    output = _tokens_first(_whole(found, _heads_first(values)).output, query) + mean
-    return found, output.astype(value.dtype)
+def _by_platform(function: Any, tiles: Tiles, *arrays: Any) -> Any:
+    """Chosen when a program is lowered, so that programs can be exported for other machines.
+
+    Args:
+      function: name of a kernel that all platforms have, or a function of their module.
+      tiles: asked for.
+      *arrays: for it.
+    """
+    tile = (tiles.queries, tiles.keys) if tiles.queries else None
+
+    def on(module: Any, interpret: bool = False) -> Callable[..., Any]:
+        if callable(function):
+            return functools.partial(function, module, tile, interpret)
+        if function == "attend" and module is tpu:
+            return functools.partial(_attend_by_cut_rows, tile, interpret)
+        return lambda *arrays: getattr(module, function)(*arrays, tile, interpret)
+
+    interpreted = on(gpu if tiles.interpret == "gpu" else tpu, True)
+    return lax.platform_dependent(*arrays, cpu=interpreted, tpu=on(tpu), default=on(gpu))
 
 
-class _Rows(NamedTuple):
-    """Outputs, and their change where the key that dominates is cut (`by_head.cut_dominant`)."""
-
-    output: Array  # [B, H, M, K]
-    dominant_change: Array  # [B, H, M, K]
-
-
-def _whole(statistics: kernels.Statistics, values: Float[Array, "B H N K"]) -> _Rows:
-    rest, rows = statistics
-    which, rest_sum = (rows[..., c : c + 1] for c in (kernels.WHICH, kernels.REST))
-    some = which >= 0
-    picked = jnp.maximum(which, 0).astype(jnp.int32)
-    picked = jnp.take_along_axis(values, picked, axis=-2, mode="promise_in_bounds")
-    largest = jnp.where(some, rows[..., kernels.SCALE :][..., :1], 0)
-    largest_value = jnp.where(some, picked, 0)
-    others = rest_sum > 0
-    alone = jnp.where(others, rest / jnp.where(others, rest_sum, 1), largest_value)
-    return _Rows(rest + largest * largest_value, largest * (alone - largest_value))
-
-
-def _map(
-    name: str,
-    tiles: Tiles,
-    statistics: kernels.Statistics,
-    query: Array,
-    key: Array,
-    values: Array,
-    out_kernel: Array | None,
-    g: Array | None,
+def _stacked_maps(
+    name: str, module: Any, tile: tuple[int, int] | None, interpret: bool, layers: Any
 ) -> Array:
-    if "out_kernel" in NEEDS[name] and out_kernel is None:
-        raise ValueError(f"{name} needs out_kernel, which this model's attention does not expose")
-    if "output_grad" in NEEDS[name] and g is None:
-        raise ValueError(f"{name} needs the gradient of the output")
-    queries = kernels.QuerySide(_heads_first(query), statistics.rows)
-    keys = kernels.KeySide(_heads_first(key))
-    if name == "gradient":
-        queries = queries._replace(left=_heads_first(_float(g)))
-        keys = keys._replace(value=_heads_first(_float(values)))
-    elif name in ("leave_one_out", "edge"):
-        value = _heads_first(_centred(values)[0])
-        rows = _whole(statistics, value)
-        if name == "edge":
-            left, others = _heads_first(_float(g)), (rows.output, rows.dominant_change)
-            ends = [jnp.sum(left * other, axis=-1) for other in others]
-            own = None
-        else:
-            kernel = _float(out_kernel)
-            metric = jnp.einsum("hkd,hld->hkl", kernel, kernel, precision=_EXACT)
-            left, value_m, change_m = (
-                jnp.einsum("bhik,hkl->bhil", x, metric, precision=_EXACT)
-                for x in (rows.output, value, rows.dominant_change)
-            )
-            ends = [
-                jnp.sum(left * rows.output, axis=-1),
-                jax.nn.relu(jnp.sum(change_m * rows.dominant_change, axis=-1)),
-            ]
-            own = jnp.sum(value_m * value, axis=-1)[..., None, :]
-        queries = queries._replace(left=left, ends=jnp.stack(ends, axis=-1))
-        keys = keys._replace(value=value, own=own)
-    found = kernels.indicator_map(name, queries, keys, tiles)
-    return found.reshape(*query.shape[:-3], *found.shape[-2:])
+    return module.stacked_maps(name, layers, tile, interpret)
+
+
+def _attend_by_cut_rows(
+    tile: tuple[int, int] | None, interpret: bool, query: Array, key: Array, value: Array
+) -> tuple[Array, Array]:
+    """`attend` where no kernel of its own pays."""
+    cut = _Cut.of(value, *tpu.cut_rows(query, key, value, tile, interpret))
+    return cut.output.astype(value.dtype), cut.rows[..., LOG : LOG + 1]
 
 
 @jax.custom_vjp
@@ -186,6 +287,8 @@ def _output_fwd(output: Array, *inputs: Array) -> tuple[Array, tuple[Array, ...]
 
 def _output_bwd(inputs: tuple[Array, ...], cotangent: Array) -> tuple[Any, ...]:
     def attend(query: Array, key: Array, value: Array) -> Array:
+        if cudnn_takes(query, key, value):
+            return cudnn_attention(query, key, value)
         return attend_in_blocks((query, key, value, None, None, None), _blocks(query, key))[0]
 
     return None, *jax.vjp(attend, *inputs)[1](cotangent)
@@ -195,18 +298,18 @@ _differentiable_output.defvjp(_output_fwd, _output_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable_map(name: str, found: Array, inputs: tuple[Any, ...]) -> Array:
-    """`found`, which a kernel made of `inputs`, with its derivatives by them."""
+def _differentiable_maps(name: str, found: Array, inputs: tuple[Any, ...]) -> Array:
+    """`found`, which kernels made of each layer's `inputs`, with its derivatives by them."""
     del name, inputs
     return found
 
 
-def _map_fwd(name: str, found: Array, inputs: tuple[Any, ...]) -> tuple[Array, tuple[Any, ...]]:
+def _maps_fwd(name: str, found: Array, inputs: tuple[Any, ...]) -> tuple[Array, tuple[Any, ...]]:
     del name
     return found, inputs
 
 
-def _map_bwd(name: str, inputs: tuple[Any, ...], cotangent: Array) -> tuple[Any, ...]:
+def _maps_bwd(name: str, inputs: tuple[Any, ...], cotangents: Array) -> tuple[Any, ...]:
     def evaluate(query: Array, key: Array, value: Array, kernel: Any, g: Any) -> Array:
         def reduce(attended: Attended, g: Array | None = None) -> dict[str, Array]:
             given = {"weights": attended.weights, "values": value, "out_kernel": kernel}
@@ -216,10 +319,11 @@ def _map_bwd(name: str, inputs: tuple[Any, ...], cotangent: Array) -> tuple[Any,
         whole = (query, key, value, None, None, kernel)
         return attend_in_blocks(whole, _blocks(query, key), reduce, g)[1][name]
 
-    return None, jax.vjp(evaluate, *inputs)[1](cotangent)
+    layers = zip(inputs, cotangents, strict=True)
+    return None, tuple(jax.vjp(evaluate, *one)[1](cotangent) for one, cotangent in layers)
 
 
-_differentiable_map.defvjp(_map_fwd, _map_bwd)
+_differentiable_maps.defvjp(_maps_fwd, _maps_bwd)
 
 
 def _blocks(query: Array, key: Array) -> QueryBlocks:
@@ -228,22 +332,13 @@ def _blocks(query: Array, key: Array) -> QueryBlocks:
     return chosen or QueryBlocks(min(queries, SMALLEST_BLOCK))
 
 
-def _centred(values: Array) -> tuple[Array, Array]:
-    """Values less their mean over tokens, and the mean, in float32 (see `indicators._centred`)."""
-    values = _float(values)
-    mean = jnp.mean(values, axis=-3, keepdims=True)
-    return values - mean, mean
-
-
 def _float(array: Any) -> Array:
     return jnp.asarray(array).astype(jnp.float32)
 
 
-def _heads_first(array: Float[Array, "*B N H K"]) -> Float[Array, "G H N K"]:
-    return jnp.swapaxes(array, -3, -2).reshape(
-        -1, array.shape[-2], array.shape[-3], array.shape[-1]
-    )
+def _sum(array: Float[Array, "B N H K"]) -> Float[Array, "B N H"]:
+    return jnp.sum(array, axis=-1)
 
 
-def _tokens_first(array: Float[Array, "G H M K"], like: Array) -> Float[Array, "*B M H K"]:
-    return jnp.swapaxes(array, -3, -2).reshape(like.shape)
+def _columns(*columns: Float[Array, "B N H"]) -> Float[Array, "B H N C"]:
+    return jnp.swapaxes(jnp.stack(columns, axis=-1), 1, 2)

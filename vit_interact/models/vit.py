@@ -23,7 +23,7 @@ from vit_interact.models.attention import SINKS, MultiHeadDotProductAttention, T
 from vit_interact.models.bias import SeparableBias
 from vit_interact.models.config import ViTConfig
 from vit_interact.models.cpu import computed_once
-from vit_interact.models.dense import Dense
+from vit_interact.models.dense import Dense, PatchEmbedding
 from vit_interact.models.winft import GivenWindows, WindowHead
 
 Images = Float[Array, "B h w 3"] | Float[np.ndarray, "B h w 3"]
@@ -256,13 +256,8 @@ class ViT(nn.Module):
     def setup(self) -> None:
         """Makes parameters and submodules under big_vision's names."""
         config = self.config
-        self.embedding = nn.Conv(
-            config.width,
-            config.patch_size,
-            strides=config.patch_size,
-            padding="VALID",
-            use_bias=config.patch_bias,
-            dtype=config.dtype,
+        self.embedding = PatchEmbedding(
+            config.width, config.patch_size, use_bias=config.patch_bias, dtype=config.dtype
         )
         small = nn.initializers.normal(stddev=0.02)
         rows = config.pos_prefix + config.layout.num_patches

@@ -77,8 +77,9 @@ def window_attention(
       windows: (top, left, bottom, right) of each query patch, exclusive at the end: `[..., P, 4]`,
         or `[P, 4]` for all images. Each holds its own patch.
       layout: the grid of patches and the prefix tokens; these see and are seen by all.
-      kernel: "pallas" for the kernels of `models/pallas_windows.py` on a GPU or TPU; None for XLA,
-        which skips keys on a CPU only.
+      kernel: "pallas" for the kernels of `models/pallas_boxes.py` on a GPU, where the grid has a
+        tile of them, and of `models/pallas_windows.py` on a TPU; None for XLA, which skips keys on a
+        CPU only.
 
     Returns:
       Each head's output `[..., N, H, K]`.
@@ -102,22 +103,31 @@ def window_attention(
     def sparse(*images: Array) -> Array:
         return lax.map(lambda one: _attend(layout, *one), images)
 
-    def dense(query: Array, key: Array, value: Array, windows: Array) -> Array:
-        mask = jnp.expand_dims(window_mask(windows, layout), -3)
-        return fused_attention(query, key, value, mask)
-
+    dense = functools.partial(_masked, layout)
     output = lax.platform_dependent(*images, cpu=sparse, default=dense)
     return output.reshape(query.shape)
 
 
+def _masked(layout: TokenLayout, query: Array, key: Array, value: Array, windows: Array) -> Array:
+    mask = jnp.expand_dims(window_mask(windows, layout), -3)
+    return fused_attention(query, key, value, mask)
+
+
 def _in_tiles(kernel: str, layout: TokenLayout, *images: Array) -> Array:
-    from vit_interact.models import pallas_windows
+    from vit_interact.models import pallas_boxes, pallas_windows
 
     if kernel != "pallas":
         raise ValueError(f"kernel={kernel!r}: expected None or 'pallas'")
     if any(array.dtype == jnp.float64 for array in images):
         raise ValueError("Pallas kernels compute in float32, not in float64: kernel=None")
-    return pallas_windows.attend(layout, 0, *images)
+    # Chosen when a program is lowered, so that it can be exported for other machines.
+    fits = pallas_boxes.suitable_tiles(layout, images[0].dtype) is not None
+    return lax.platform_dependent(
+        *images,
+        cpu=functools.partial(pallas_windows.attend, layout, True),
+        tpu=functools.partial(pallas_windows.attend, layout, False),
+        default=functools.partial(pallas_boxes.attend if fits else _masked, layout),
+    )
 
 
 class _Side(NamedTuple):

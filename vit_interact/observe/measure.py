@@ -113,8 +113,8 @@ def measure(
         For our `ViT` with all its patches.
       coverage: of windows, a share of a row or several; only with `reduce="fields"`.
       kernel: `"pallas"` for the Pallas kernels for GPUs and TPUs (docs/kernels.md): our `ViT`, maps
-        but for `value_norm`, no `mask` and no predicted windows. Never run on such a device yet;
-        on a CPU they are interpreted, which is slow.
+        but for `value_norm`, no `mask` and no predicted windows; a CPU interprets them, slowly.
+        `"xla"` for none. None takes them for 16-bit models on one NVIDIA GPU, where they are faster.
 
     Returns:
       Name to `[L, B, N, N]`, entry `i, j` being the impact of token `j` on token `i`; or, with
@@ -132,7 +132,7 @@ def measure(
         raise ValueError(f"reduce={reduce!r}: expected None or 'fields'")
     if not isinstance(model, ViT) or keep is not None:
         raise ValueError("reduce='fields' needs vit_interact's ViT and all patches: keep=None")
-    if kernel is not None:
+    if kernel not in (None, "xla"):
         raise ValueError("reduce='fields' has no kernel: kernel=None")
     names, chosen, function, classes = _checked(model, params, images, indicators, score, layers)
     several = isinstance(coverage, Sequence)
@@ -165,11 +165,9 @@ def measure_with_logits(
     if not isinstance(model, ViT) and (keep is not None or mask is not None):
         raise ValueError("keep and mask need vit_interact's ViT")
     keep = None if keep is None else jnp.asarray(keep)
-    blocks: QueryBlocks | Tiles | None = (
-        _blocks(model, images, keep, block, small=any(map(_needs_backward, names)))
-        if kernel is None
-        else _tiles(model, mask, block, kernel)
-    )
+    small = any(map(_needs_backward, names))
+    blocks: QueryBlocks | Tiles | None = _tiles(model, names, mask, block, kernel)
+    blocks = blocks or _blocks(model, images, keep, block, small)
     logits, maps = _measure(
         model, params, images, classes, names, chosen, function, keep, mask, blocks
     )
@@ -207,15 +205,27 @@ def _blocks(
     return None if block >= tokens else QueryBlocks(block)
 
 
-def _tiles(model: Any, mask: Any, block: int | None, kernel: str) -> Tiles:
-    """Asks for Pallas kernels, or says why they cannot serve."""
-    if kernel != "pallas":
-        raise ValueError(f"kernel={kernel!r}: expected None or 'pallas'")
-    if not isinstance(model, ViT) or model.config.windows is not None:
-        raise ValueError("kernel='pallas' needs vit_interact's ViT, without predicted windows")
-    if mask is not None or block is not None:
-        raise ValueError("kernel='pallas' takes neither mask nor block")
-    return Tiles()
+def _tiles(
+    model: Any, names: Sequence[str], mask: Any, block: int | None, kernel: str | None
+) -> Tiles | None:
+    """Asks for Pallas kernels, or says why they cannot serve; None where XLA is asked for or pays."""
+    if kernel not in (None, "xla", "pallas"):
+        raise ValueError(f"kernel={kernel!r}: expected None, 'xla' or 'pallas'")
+    ours = isinstance(model, ViT) and model.config.windows is None
+    if kernel == "pallas":
+        if not ours:
+            raise ValueError("kernel='pallas' needs vit_interact's ViT, without predicted windows")
+        if mask is not None or block is not None:
+            raise ValueError("kernel='pallas' takes neither mask nor block")
+        return Tiles()
+    # Where they were seen to be faster (docs/kernels.md). XLA does not split them over devices.
+    pay = (
+        kernel is None and ours and mask is None and block is None
+        and jnp.dtype(model.config.dtype).itemsize == 2
+        and not {"value_norm"} & set(names)
+        and jax.default_backend() == "gpu" and jax.device_count() == 1
+    )  # fmt: skip
+    return Tiles() if pay else None
 
 
 @functools.partial(
@@ -266,19 +276,19 @@ def _measure(
             continue
         per_layer = [layer[name] for layer in source]
         if name == "rollout":
-            per_layer = list(roll(jnp.stack(per_layer)))
-        found[name] = _stack_in_place([per_layer[position] for position in positions])
+            per_layer = list(roll(_stack(per_layer)))
+        found[name] = _stack([per_layer[position] for position in positions])
         if fields is not None:
             found[name] = fields.of_map(found[name])
     return probed.logits, found
 
 
-def reduce_forward(names: tuple[str, ...], attended: Attended | Weightless) -> dict[str, Array]:
+def reduce_forward(names: tuple[str, ...], attended: Attended | Weightless) -> dict[str, Any]:
     """Forward indicators of one layer; `rollout` contributes the layer's mean attention."""
-    return {
-        name: _evaluate("attention" if name == "rollout" else name, attended, None)
-        for name in names
-    }
+    given = {name: "attention" if name == "rollout" else name for name in names}
+    if not isinstance(attended, Attended):
+        return {name: attended.later(source) for name, source in given.items()}
+    return {name: _evaluate(source, attended, None) for name, source in given.items()}
 
 
 def reduce_backward(
@@ -309,11 +319,16 @@ def _evaluate(name: str, attended: Attended | Weightless, g: Array | None) -> Ar
     return INDICATORS[name](*(tensors[need] for need in NEEDS[name]), **more)
 
 
-def _stack_in_place(layers: list[Array]) -> Array:
+def _stack(layers: list[Any]) -> Array:
     """`jnp.stack` as updates of one buffer: XLA writes each layer straight into the result.
 
-    A concatenation would hold all layers and the result at once.
+    A concatenation would hold all layers and the result at once. Maps that a kernel is still to
+    make are written by it.
     """
+    if not isinstance(layers[0], jax.Array):
+        from vit_interact.models.tiled import stack_maps
+
+        return stack_maps(layers)
     stacked = jnp.zeros((len(layers), *layers[0].shape), layers[0].dtype)
     for index, layer in enumerate(layers):
         stacked = stacked.at[index].set(layer)

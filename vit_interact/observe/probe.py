@@ -38,7 +38,7 @@ class Probed(NamedTuple):
     """
 
     logits: Array
-    forward: list[dict[str, Array]]
+    forward: list[dict[str, Any]]
     backward: list[dict[str, Array]]
 
 
@@ -204,7 +204,7 @@ def _attended_shapes(config: Any, batch: int, tokens: int) -> Any:
     return Attended(per_head, per_head, per_head, square, square, per_head, None)
 
 
-def _unprefixed(sown: Mapping[str, Any]) -> dict[str, Array]:
+def _unprefixed(sown: Mapping[str, Any]) -> dict[str, Any]:
     return {name.removeprefix(PREFIX): value[0] for name, value in sown.items()}
 
 
