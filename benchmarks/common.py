@@ -176,6 +176,19 @@ def _call(call: Callable[[], Any], times: int) -> None:
         torch.cuda.synchronize()
 
 
+def random_params(model: Any) -> Any:
+    """Parameters of a `ViT` as it begins, but made by NumPy: `init` takes long to compile."""
+    images = jax.ShapeDtypeStruct((1, *model.config.image_size, 3), np.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    rng = np.random.default_rng(0)
+
+    def draw(path: Any, leaf: Any) -> Any:
+        numbers = 0.02 * rng.standard_normal(leaf.shape, np.float32)
+        return jax.numpy.asarray(numbers + (path[-1].key == "scale"))
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
 def temporary_mib(compiled: Any) -> float:
     """Temporary memory of a compiled program by `memory_analysis`, MiB."""
     memory = compiled.memory_analysis()

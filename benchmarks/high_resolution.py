@@ -52,7 +52,7 @@ def measure(options: Any, size: int, repeats: int) -> list[common.Row]:
     model = vi.create_model(options.model, image_size=size, dtype=options.dtype)
     shape = (options.batch, size, size, 3)
     images = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
-    params = jax.jit(model.init)(jax.random.key(0), images[:1])["params"]
+    params = common.random_params(model)
     arguments = dict(options.measure)
     functions: dict[str, Callable[..., Any]] = {
         "forward": lambda params, images: model.apply({"params": params}, images)

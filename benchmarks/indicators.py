@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import json
 import os
 import re
@@ -39,7 +40,7 @@ from vit_interact.models.vit import ViT
 # The cases of the targets, and those that end within minutes on two cores.
 _FULL = (["vit_s16", "vit_b16", "vit_s14@518"], [1, 8, 32])
 _SHORT = (["vit_s16"], [1, 8])
-_FORWARD, _EAGER, _BACKWARD = "forward", "forward, eager", "forward + backward"
+FORWARD, _EAGER, _BACKWARD = "forward", "forward, eager", "forward + backward"
 
 
 class Case(NamedTuple):
@@ -117,13 +118,26 @@ def make_case(
     if peer:
         model, params, theirs = _with_peer(model, images, indicators, dtype)
     else:
-        params = jax.jit(model.init)(jax.random.key(0), jnp.asarray(images[:1]))["params"]
+        params = common.random_params(model)
     return Case(*_ours(model, params, jnp.asarray(images), indicators, arguments), theirs)
 
 
 def _ours(
     model: ViT, params: Any, images: jax.Array, indicators: list[str], arguments: dict[str, Any]
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
+    calls, memory = {}, {}
+    for name, function in programs(model, indicators, arguments).items():
+        compiled = jax.jit(function).lower(params, images).compile()
+        memory[name] = common.temporary_mib(compiled)
+        calls[name] = functools.partial(compiled, params, images)
+    return calls, memory
+
+
+def programs(
+    model: ViT, indicators: list[str], arguments: dict[str, Any]
+) -> dict[str, Callable[..., Any]]:
+    """Functions of parameters and images: forward, and with backward; each indicator."""
+
     def backward(params: Any, images: Any) -> Any:
         def score(images: Any) -> Any:
             logits: Any = model.apply({"params": params}, images)
@@ -132,19 +146,14 @@ def _ours(
         return jax.grad(score)(images)
 
     functions: dict[str, Callable[..., Any]] = {
-        _FORWARD: lambda params, images: model.apply({"params": params}, images),
+        FORWARD: lambda params, images: model.apply({"params": params}, images),
         _BACKWARD: backward,
     }
     for name in indicators:
         functions[name] = lambda params, images, name=name: vi.measure(
             model, params, images, (name,), **arguments
         )[name]
-    calls, memory = {}, {}
-    for name, function in functions.items():
-        compiled = jax.jit(function).lower(params, images).compile()
-        memory[name] = common.temporary_mib(compiled)
-        calls[name] = lambda compiled=compiled: compiled(params, images)
-    return calls, memory
+    return functions
 
 
 def _with_peer(
@@ -163,7 +172,7 @@ def _with_peer(
     peer = peer.to(getattr(torch, dtype)).to(torch_route.where())
     pixels = torch_route.to_torch(images).to(getattr(torch, dtype))
     calls = {
-        _FORWARD: torch_route.forward(peer, pixels, "sdpa"),
+        FORWARD: torch_route.forward(peer, pixels, "sdpa"),
         _EAGER: torch_route.forward(peer, pixels, "eager"),
     }
     for name in indicators:
@@ -179,7 +188,7 @@ def compare(case: Case, batch: int, repeats: int) -> list[common.Row]:
         both |= {f"theirs {name}": case.theirs[name]} if name in case.theirs else {}
     # OpenMP's threads stay awake for a while, and would take cores from ours.
     times = common.take_turns(both, repeats, pause=0.02 if case.theirs else 0)
-    base, rows = times[f"ours {_FORWARD}"], []
+    base, rows = times[f"ours {FORWARD}"], []
     for name in dict.fromkeys([*case.ours, *case.theirs]):
         ours, theirs = times.get(f"ours {name}"), times.get(f"theirs {name}")
         row: common.Row = {"what": name}
@@ -199,7 +208,7 @@ def compare(case: Case, batch: int, repeats: int) -> list[common.Row]:
             }
         if name in case.memory:
             graded = "output_grad" in vx.NEEDS.get(name, ())
-            own = case.memory[_BACKWARD if graded else _FORWARD]
+            own = case.memory[_BACKWARD if graded else FORWARD]
             row |= {
                 "temporary_mib": case.memory[name],
                 "memory_ratio": case.memory[name] / own,

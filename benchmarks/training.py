@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 import vit_interact as vi
 from benchmarks import common
@@ -54,30 +55,31 @@ def main() -> None:
     peer = common.has_peer(options)  # before jax takes a GPU's memory
     report = common.Report("training", fixed, ("flax", "optax", "grain", "torch", "transformers"))
     with tempfile.TemporaryDirectory() as folder:
-        _run(report, _config(options, _photographs(options.batch_size, folder)), options, peer)
+        _run(report, make_config(options, photographs(options.batch_size, folder)), options, peer)
     report.show(options.json)
 
 
 def _run(report: common.Report, config: Any, options: argparse.Namespace, peer: bool) -> None:
-    for row in [*_data_path(config, options.repeats), *_steps(config, options.repeats, peer)]:
+    for row in [*data_path(config, options.repeats), *_steps(config, options.repeats, peer)]:
         report.add(**row)
 
 
-def _photographs(batch: int, folder: str) -> Path:
-    """The embedded photographs, linked as often as makes two batches."""
-    photographs = sample_weights().parent / "caltech101"
-    every = sorted(photographs.glob("*/*.jpg"))
+def photographs(batch: int, folder: str) -> Path:
+    """The embedded photographs, linked as often as makes two batches; the folder."""
+    every = sorted((sample_weights().parent / "caltech101").glob("*/*.jpg"))
     for number in range(-(-2 * batch // len(every))):
         for path in every:
             link = Path(folder, path.parent.name, f"{number}_{path.name}")
             link.parent.mkdir(exist_ok=True)
-            link.symlink_to(path)
+            if not link.exists():
+                link.symlink_to(path)
     return Path(folder)
 
 
-def _config(options: argparse.Namespace, photographs: Path) -> Any:
+def make_config(options: argparse.Namespace, folder: Path) -> Any:
+    """The trainer's settings for options of this benchmark and photographs in a folder."""
     config = default_config()
-    config.data.source = str(photographs)
+    config.data.source = str(folder)
     config.batch_size = options.batch_size
     config.model.name, config.model.dtype = options.model, options.dtype
     config.model.image_size = (options.size, options.size)
@@ -85,7 +87,7 @@ def _config(options: argparse.Namespace, photographs: Path) -> Any:
     return config
 
 
-def _data_path(config: Any, repeats: int) -> list[common.Row]:
+def data_path(config: Any, repeats: int) -> list[common.Row]:
     """Images/s of the path that training uses, without training."""
     rows = []
     size = tuple(config.model.image_size)
@@ -132,7 +134,7 @@ def _steps(config: Any, repeats: int, peer: bool) -> list[common.Row]:
         calls[label], configs[label] = _step(copy, model, source, mesh, preprocess)
     feed = EvalFeed(source, config, mesh, preprocess)
     watched = Alongside.of(config.interactions, model, preprocess, mesh, feed)
-    last = calls["step"]()[0].params
+    last = jax.tree.map(jnp.copy, calls["step"]().params)
 
     def watch() -> Any:
         watched.begin(0, last)
@@ -140,7 +142,7 @@ def _steps(config: Any, repeats: int, peer: bool) -> list[common.Row]:
 
     calls["indicator, fields and windows"] = watch
     if peer:
-        calls["step in PyTorch"] = _peer_step(model, config)
+        calls["step in PyTorch"] = peer_step(model, config)
         configs["step in PyTorch"] = model.config
     times = common.take_turns(calls, repeats, pause=0.02 if peer else 0)
     step, batch = times["step"], config.batch_size
@@ -175,7 +177,26 @@ def _steps(config: Any, repeats: int, peer: bool) -> list[common.Row]:
 def _step(
     config: Any, model: ViT, source: Any, mesh: Any, preprocess: Preprocess
 ) -> tuple[Callable[[], Any], Any]:
-    """A call that trains on one batch, always from the same state, and the model's config."""
+    """A call that trains on one batch again and again, and the model's config."""
+    step, state, batch, of_model = step_program(config, model, source, mesh, preprocess)
+    return repeated(step, state, batch), of_model
+
+
+def repeated(step: Callable[..., Any], state: Any, batch: Any) -> Callable[[], Any]:
+    """A call that makes one more step; it gives the new state, which the next call uses up."""
+    latest = [state]
+
+    def call() -> Any:
+        latest[0], _ = step(latest[0], batch)
+        return latest[0]
+
+    return call
+
+
+def step_program(
+    config: Any, model: ViT, source: Any, mesh: Any, preprocess: Preprocess
+) -> tuple[Any, Any, Any, Any]:
+    """The jitted step, a state that it uses up, a batch, and the model's config."""
     plan = plan_windows(config, model, None, 1000)
     model, shapes = plan.model, param_shapes(plan.model)
     schedule = make_schedule(config.schedule, 1000, 100.0)
@@ -185,14 +206,14 @@ def _step(
         model, rule, frozen_leaves(shapes, ""), make_augment(config.augment), device, preprocess, 0,
         guide=plan.guide, weight=plan.weight, sharpness=plan.sharpness,
     )  # fmt: skip
-    step = jax.jit(make_train_step(recipe))
+    step = jax.jit(make_train_step(recipe), donate_argnums=0)
     state = create_state(model, rule, mesh, 0, running=recipe.nothing())
     size = tuple(config.model.image_size)
     batch = next(Feed(source, config, mesh, size).batches(range(1)))
-    return lambda: step(state, batch), model.config
+    return step, state, batch, model.config
 
 
-def _peer_step(model: ViT, config: Any) -> Callable[[], Any]:
+def peer_step(model: ViT, config: Any) -> Callable[[], Any]:
     """A call that trains PyTorch's model of the same sizes on noise."""
     import torch
 

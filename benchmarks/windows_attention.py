@@ -60,34 +60,13 @@ def measure(
     layout: TokenLayout, windows: np.ndarray, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Dense and windowed attention of one layer, and what the windows save."""
-    rng = np.random.default_rng(0)
-    shape = (options.batch, layout.num_tokens, HEADS, WIDTH)
-    query, key, value, grad = (jnp.asarray(rng.normal(size=shape), options.dtype) for _ in range(4))
-    boxes, kernel = jnp.asarray(windows)[None], options.kernel
-    if kernel is None:
-        share = computed_share(windows, layout)
-    else:
-        share = _share_in_pallas(windows, layout, options.dtype)
-
-    def whole(function: Callable[..., Any]) -> Callable[..., Any]:
-        if not options.backward:
-            return lambda q, k, v, w, g: function(q, k, v, w)
-        return lambda q, k, v, w, g: jax.vjp(lambda *x: function(*x, w), q, k, v)[1](g)
-
-    functions = {
-        "dense": whole(lambda q, k, v, w: fused_attention(q, k, v)),
-        "jax": whole(lambda q, k, v, w: jax.nn.dot_product_attention(q, k, v, scale=1.0)),
-        "windows": whole(lambda q, k, v, w: window_attention(q, k, v, w, layout, kernel)),
-    }
-    arguments = (query / WIDTH**0.5, key, value, boxes, grad)
+    functions, arguments = programs(layout, windows, options)
     compiled = {name: jax.jit(f).lower(*arguments).compile() for name, f in functions.items()}
     calls = {name: functools.partial(run, *arguments) for name, run in compiled.items()}
     times = common.take_turns(calls, options.repeats)
     ours, dense, other = (times[name] for name in ("windows", "dense", "jax"))
     return {
-        "patches": layout.num_patches,
-        "area": float(window_area(windows, layout).mean()),
-        "products": float(share),
+        **products(layout, windows, options),
         "dense_ms": 1e3 * dense.seconds,
         "jax_ms": 1e3 * other.seconds,
         "windows_ms": 1e3 * ours.seconds,
@@ -98,6 +77,44 @@ def measure(
         "dense_mib": common.temporary_mib(compiled["dense"]),
         "windows_mib": common.temporary_mib(compiled["windows"]),
     }
+
+
+def products(
+    layout: TokenLayout, windows: np.ndarray, options: argparse.Namespace
+) -> dict[str, Any]:
+    """What the windows are, and the products of queries with keys that are computed."""
+    share = (
+        computed_share(windows, layout)
+        if options.kernel is None
+        else _share_in_pallas(windows, layout, options.dtype)
+    )
+    return {
+        "patches": layout.num_patches,
+        "area": float(window_area(windows, layout).mean()),
+        "products": float(share),
+    }
+
+
+def programs(
+    layout: TokenLayout, windows: np.ndarray, options: argparse.Namespace
+) -> tuple[dict[str, Callable[..., Any]], tuple[Any, ...]]:
+    """Attention three ways, forward or both ways, and what it is given."""
+    rng = np.random.default_rng(0)
+    shape = (options.batch, layout.num_tokens, HEADS, WIDTH)
+    query, key, value, grad = (jnp.asarray(rng.normal(size=shape), options.dtype) for _ in range(4))
+
+    def whole(function: Callable[..., Any]) -> Callable[..., Any]:
+        if not options.backward:
+            return lambda q, k, v, w, g: function(q, k, v, w)
+        return lambda q, k, v, w, g: jax.vjp(lambda *x: function(*x, w), q, k, v)[1](g)
+
+    functions = {
+        "dense": whole(lambda q, k, v, w: fused_attention(q, k, v)),
+        "jax": whole(lambda q, k, v, w: jax.nn.dot_product_attention(q, k, v, scale=1.0)),
+        "windows": whole(lambda q, k, v, w: window_attention(q, k, v, w, layout, options.kernel)),
+    }
+    boxes = jnp.broadcast_to(jnp.asarray(windows), (options.batch, *windows.shape))
+    return functions, (query / WIDTH**0.5, key, value, boxes, grad)
 
 
 def _share_in_pallas(windows: np.ndarray, layout: TokenLayout, dtype: str) -> Any:

@@ -78,8 +78,8 @@ def window_attention(
         or `[P, 4]` for all images. Each holds its own patch.
       layout: the grid of patches and the prefix tokens; these see and are seen by all.
       kernel: "pallas" for the kernels of `models/pallas_boxes.py` on a GPU, where the grid has a
-        tile of them, and of `models/pallas_windows.py` on a TPU; None for XLA, which skips keys on a
-        CPU only.
+        tile of them, and of `models/pallas_windows.py` on a TPU; None for XLA, which skips keys on
+        a CPU only.
 
     Returns:
       Each head's output `[..., N, H, K]`.

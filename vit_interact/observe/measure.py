@@ -114,7 +114,7 @@ def measure(
       coverage: of windows, a share of a row or several; only with `reduce="fields"`.
       kernel: `"pallas"` for the Pallas kernels for GPUs and TPUs (docs/kernels.md): our `ViT`, maps
         but for `value_norm`, no `mask` and no predicted windows; a CPU interprets them, slowly.
-        `"xla"` for none. None takes them for 16-bit models on one NVIDIA GPU, where they are faster.
+        `"xla"` for none. None takes them where they are faster: 16-bit models on one NVIDIA GPU.
 
     Returns:
       Name to `[L, B, N, N]`, entry `i, j` being the impact of token `j` on token `i`; or, with
@@ -208,7 +208,7 @@ def _blocks(
 def _tiles(
     model: Any, names: Sequence[str], mask: Any, block: int | None, kernel: str | None
 ) -> Tiles | None:
-    """Asks for Pallas kernels, or says why they cannot serve; None where XLA is asked for or pays."""
+    """Asks for Pallas kernels, or says why they cannot serve; None for XLA."""
     if kernel not in (None, "xla", "pallas"):
         raise ValueError(f"kernel={kernel!r}: expected None, 'xla' or 'pallas'")
     ours = isinstance(model, ViT) and model.config.windows is None
