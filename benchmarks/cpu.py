@@ -27,7 +27,7 @@ import numpy as np
 import vit_interact as vi
 from benchmarks import common
 from vit_interact.heap import keep_freed_memory
-from vit_interact.models import activations, dense
+from vit_interact.models import dense, vit
 from vit_interact.models.attend import explicit_attention
 from vit_interact.models.config import ViTConfig
 from vit_interact.models.vit import ViT
@@ -40,7 +40,7 @@ SMALL = ViTConfig(
 def _without() -> dict[str, list[AbstractContextManager[Any]]]:
     """By name, what takes one thing away while a program is traced."""
     axes = mock.patch.object(dense, "on_cpu", lambda: False)
-    erfc = mock.patch.dict(activations.ACTIVATIONS, gelu=lambda x: nn.gelu(x, approximate=False))
+    erfc = mock.patch.dict(vit._ACTIVATIONS, gelu=lambda x: nn.gelu(x, approximate=False))
     fused = mock.patch.object(vit, "computed_once", lambda x: x)
     return {
         "as it is": [],
@@ -133,7 +133,7 @@ def pieces(batch: int, repeats: int) -> list[common.Row]:
             ("tokens in two axes", of_kernel, tuple(two_axes)),
         ],
         "exact GELU": [
-            ("by erf", activations.ACTIVATIONS["gelu"], (gelu,)),
+            ("by erf", vit._ACTIVATIONS["gelu"], (gelu,)),
             ("by erfc", lambda x: nn.gelu(x, approximate=False), (gelu,)),
         ],
         "attention, 8 x 6 x 197": _attention(array, 8, 197),

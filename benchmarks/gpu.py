@@ -3,8 +3,8 @@
     python -m benchmarks.gpu [--json] [--no-peer] [--minutes 5] [--parts windows,training]
 
 One process of a few minutes, in bfloat16: XLA's and PyTorch's compilers for a GPU take most of a
-benchmark's time, so that programs are traced first and compiled side by side. Then all programs of
-a group take turns. `ratio` is to the group's first row; `mfu` is the matrix products over the
+benchmark's time, so that programs of a part are traced first and compiled side by side. Then those
+of a group take turns. `ratio` is to the group's first row; `mfu` is the matrix products over the
 GPU's peak, as in `benchmarks.training`. PyTorch comes last, if the minutes are not over.
 """
 
@@ -131,16 +131,18 @@ def _run(
         "indicators": _indicators, "windows": _windows,
         "training": functools.partial(_training, folder),
     }  # fmt: skip
-    # What takes longest to compile comes first.
-    order = [part for part in reversed(makers) if part in options.parts]
-    groups = {part: makers[part](pool) for part in order}
-    if peer and "indicators" in groups:
-        _add_routes(groups["indicators"])
-    for group in [group for part in options.parts for group in groups.get(part, ())]:
-        group.measure(report, options.repeats)
+    groups: list[Group] = []
+    for part in [part for part in makers if part in options.parts]:
+        groups = makers[part](pool)
+        if peer and part == "indicators":
+            _add_routes(groups)
+        for group in groups:
+            group.measure(report, options.repeats)
     if "data" in options.parts:
         _data(report, folder)
-    for group, (name, batch) in zip(groups.get("training", ()), _TRAINED, strict=False):
+    for group, (name, batch) in zip(
+        groups if "training" in options.parts else (), _TRAINED, strict=False
+    ):
         if peer and time.monotonic() < end:
             _add_peer(report, group, name, batch, options.repeats)
 

@@ -304,7 +304,7 @@ def _rows_kernel(
         others = numbers != which
         weights = jnp.where(others if known is None else others & known, weights, 0.0)
         value = v_ref[keys, :]
-        for part in halves(weights, value.dtype):
+        for part in halves(weights, value.dtype, in_kernel=True):
             output = output + dot(part, value, transposed=False)
         return rest + jnp.sum(weights, axis=1, keepdims=True), output
 

@@ -168,12 +168,20 @@ def dot(left: Array, right: Array, transposed: bool = True) -> Array:
     )
 
 
-def halves(array: Array, dtype: Any) -> tuple[Array, ...]:
-    """Arrays of a type that add up to a float32 array, so that a tensor core can multiply it."""
+def halves(array: Array, dtype: Any, in_kernel: bool = False) -> tuple[Array, ...]:
+    """Arrays of a type that add up to a float32 array, so that a tensor core can multiply it.
+
+    Outside of a kernel, XLA takes a conversion to a narrow type and back for none at all, and finds
+    that the second half is zero; inside, there is no such operation as `reduce_precision`.
+    """
     if array.dtype == dtype:
         return (array,)
-    high = array.astype(dtype)
-    return high, (array - high.astype(jnp.float32)).astype(dtype)
+    if in_kernel:
+        high = array.astype(dtype).astype(jnp.float32)
+    else:
+        narrow = jnp.finfo(dtype)
+        high = lax.reduce_precision(array, narrow.nexp, narrow.nmant)
+    return high.astype(dtype), (array - high).astype(dtype)
 
 
 def pad_width(array: Array) -> Array:

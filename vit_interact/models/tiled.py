@@ -133,14 +133,12 @@ class Tiled:
         elif name == "leave_one_out":
             kernel = _float(lax.stop_gradient(self.out_kernel))
             metric = jnp.einsum("hkd,hld->hkl", kernel, kernel, precision=_EXACT)
-            # A GPU rounds to tf32 by default, which 16-bit values do not notice.
-            rough = self._narrow and jax.default_backend() == "gpu"
             centred = _float(value) - self._mean
             # Products with values as they are, where these are narrow; else with centred ones.
             mean = self._mean if self._narrow else jnp.zeros_like(self._mean)
             output = self._cut.output - mean
             left, centred_m, change_m = (
-                jnp.einsum("bihk,hkl->bihl", x, metric, precision=None if rough else _EXACT)
+                jnp.einsum("bihk,hkl->bihl", x, metric, precision=_EXACT)
                 for x in (output, centred, self._cut.change)
             )
             ends = (

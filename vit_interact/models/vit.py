@@ -16,9 +16,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from vit_interact.models.activations import ACTIVATIONS
 from vit_interact.models.attention import SINKS, MultiHeadDotProductAttention, Taps
 from vit_interact.models.bias import SeparableBias
 from vit_interact.models.config import ViTConfig
@@ -30,6 +30,14 @@ Images = Float[Array, "B h w 3"] | Float[np.ndarray, "B h w 3"]
 Keep = Int[Array, "B K"] | Int[np.ndarray, "B K"] | None
 LayerMask = Bool[Array, "..."] | Bool[np.ndarray, "..."] | Sequence[Any] | None
 LayerBias = SeparableBias | Sequence[SeparableBias | None] | None
+
+
+_ACTIVATIONS = {
+    # jax's own exact GELU takes erfc, which costs a CPU twice as much (docs/benchmarks.md).
+    "gelu": lambda x: x * (0.5 + 0.5 * lax.erf(x * 0.5**0.5)),
+    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+    "gelu_quick": lambda x: x * nn.sigmoid(1.702 * x),
+}
 
 
 class _LayerNorm(nn.LayerNorm):
@@ -62,7 +70,7 @@ class MlpBlock(nn.Module):
             gate, x = jnp.split(x, 2, axis=-1)
             x = nn.silu(gate) * x
         else:
-            x = ACTIVATIONS[config.activation](x)
+            x = _ACTIVATIONS[config.activation](x)
         x = nn.Dropout(config.dropout)(x, deterministic=not train)
         return Dense(width, dtype=config.dtype, name="Dense_1")(x)
 
