@@ -82,6 +82,7 @@ class Group:
           call: makes the call that is timed of the compiled program and the arguments.
         """
         compiled = pool.submit(function.lower(*arguments).compile)
+        print(f"traced: {self.name}, {what}", file=sys.stderr, flush=True)
         self.compiled[what] = compiled
         self.calls[what] = lambda: call(compiled.result(), *arguments)
 

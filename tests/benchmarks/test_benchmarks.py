@@ -130,6 +130,23 @@ def test_windows_attention(run, tmp_path):
     assert rows[1]["area"] == 0.25
 
 
+@pytest.mark.slow
+def test_gpu(run, shallow, monkeypatch):
+    """On a CPU, where kernels are interpreted; its sizes are a GPU's."""
+    from benchmarks import gpu
+
+    small = ("vit_ti16@32", 2, ("attention", "edge")), ("vit_ti16@32", 1, ("attention",))
+    monkeypatch.setattr(gpu, "_MODELS", small)
+    monkeypatch.setattr(gpu, "_TRAINED", (("vit_ti16", 2),))
+    monkeypatch.setattr(gpu, "TokenLayout", lambda rows, cols: TokenLayout(4, 4))
+    rows = run("gpu", "--no-peer", "--repeats", "1")
+    positive(rows, "ms", "images_s", "ratio", "mfu", "temporary_mib")
+    names = [row["what"] for row in rows]
+    for start, count in (("forward", 3), ("attention, XLA", 1), ("flash", 4), ("windows of", 4),
+                         ("step", 2), ("indicator alongside", 1), ("data", 4)):  # fmt: skip
+        assert sum(name.startswith(start) for name in names) == count, start
+
+
 def test_statistics(run):
     rows = run("statistics", "--parts", "update", "--sides", "3,4", "--repeats", "1")
     positive(rows, "us_image", "numpy_us_image", "cpu_ratio")

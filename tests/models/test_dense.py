@@ -1,5 +1,7 @@
 """Dense layers are Flax's, in parameters, value, derivative and shape, flat on a CPU or not."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 
 from vit_interact.models import dense as module
-from vit_interact.models.dense import Dense
+from vit_interact.models.dense import Dense, PatchEmbedding
 
 
 @pytest.mark.parametrize("flat", [True, False], ids=["flat", "as given"])
@@ -53,3 +55,25 @@ def test_on_a_cpu_tokens_are_one_axis_and_heads_another(monkeypatch):
     jaxpr = jax.make_jaxpr(layer.apply)(params, jnp.ones((2, 3, 4)))
     (product,) = (e for e in jaxpr.eqns if e.primitive.name == "dot_general")
     assert [v.aval.shape for v in product.invars] == [(6, 4), (4, 6)]
+
+
+@pytest.mark.parametrize(
+    "size", [(12, 18), (14, 20)]
+)  # whole patches; and a border that is cut off
+def test_patches_are_those_of_a_convolution(size):
+    ours = PatchEmbedding(5, (4, 6))
+    theirs = nn.Conv(5, (4, 6), strides=(4, 6), padding="VALID")
+    images = jax.random.normal(jax.random.key(0), (2, *size, 3))
+    params = theirs.init(jax.random.key(1), images)
+    jax.tree.map(np.testing.assert_array_equal, ours.init(jax.random.key(1), images), params)
+
+    def loss(module, params, images):
+        tokens = module.apply(params, images)
+        return jnp.sum(jnp.sin(tokens)), tokens
+
+    found, expected = (
+        jax.value_and_grad(functools.partial(loss, module), (0, 1), has_aux=True)(params, images)
+        for module in (ours, theirs)
+    )
+    assert found[0][1].shape == (2, 3, 3, 5)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), found, expected)

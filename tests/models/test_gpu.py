@@ -7,13 +7,17 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+import vit_interact as vi
 from tests.models.test_tiled import MAPS, close, in_tiles, layer, whole
 from tests.models.windowed import both, boxes, masked
 from vit_interact.layout import TokenLayout
 from vit_interact.models.attend import Tiles, explicit_attention
+from vit_interact.models.config import ViTConfig
 from vit_interact.models.fused import fused_attention
+from vit_interact.models.vit import ViT
 from vit_interact.models.window_attention import window_attention
 
 pytestmark = [
@@ -72,6 +76,24 @@ def test_kernels_take_bfloat16_as_it_is(name):
     expected_output, expected = jax.jit(functools.partial(whole, (name,)))(*wide)
     close(output.astype(jnp.float32), expected_output, 0.01)
     close(maps[name], expected[name], 1e-4)
+
+
+@pytest.mark.parametrize("name", ["attention", "leave_one_out"])
+def test_layers_of_a_model_lie_in_one_array(name):
+    """As far from float32 as XLA's are."""
+    wide, narrow = (
+        ViT(ViTConfig(image_size=64, patch_size=8, depth=3, width=128, heads=2, dtype=dtype))
+        for dtype in ("float32", "bfloat16")
+    )
+    images = jax.random.normal(jax.random.key(1), (2, 64, 64, 3))
+    params = wide.init(jax.random.key(0), images)["params"]
+    expected = np.asarray(vi.measure(wide, params, images, (name,), kernel="xla")[name])
+
+    def error(kernel):
+        found = vi.measure(narrow, params, images, (name,), kernel=kernel)[name]
+        return np.linalg.norm(np.asarray(found) - expected) / np.linalg.norm(expected)
+
+    assert error("pallas") < 1.2 * error("xla") < 0.1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

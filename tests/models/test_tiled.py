@@ -10,8 +10,8 @@ import pytest
 from tests.models.helpers import lowered
 from vit_interact import interactions as vx
 from vit_interact.models.attend import Tiles, explicit_attention
-from vit_interact.models.tile_maps import CUTS
-from vit_interact.models.tiled import attend_in_tiles
+from vit_interact.models.tile_maps import CUTS, halves
+from vit_interact.models.tiled import Tiled, attend_in_tiles, stack_maps
 
 MAPS = ("attention", "dispersion", "gradient", "leave_one_out", "edge")
 N, H, K = 37, 2, 12  # three blocks of 16, the last of them mostly empty
@@ -75,6 +75,27 @@ def test_small_changes_of_rows_on_one_key_are_exact(kernels):
         change = np.einsum("j,jhk->hk", others / others.sum() - a, values)
         expected[:, j] = np.abs(np.einsum("ihk,hk->i", grads, change))
     np.testing.assert_allclose(maps["edge"][0], expected, rtol=2e-3)  # v's offset costs digits
+
+
+@pytest.mark.parametrize("kernels", ["tpu", "gpu"])
+def test_maps_of_several_layers_lie_in_one_array(kernels):
+    layers = [layer(tokens=20, batch=(2,), largest=largest) for largest in (1.0, 3.0, 6.0)]
+
+    def stacked(layers):
+        tiles = Tiles(16, 16, kernels)
+        later = [Tiled(q, k, v, w, tiles).later("attention") for q, k, v, w, _ in layers]
+        return stack_maps(later)
+
+    found = jax.jit(stacked)(layers)
+    for one, arguments in zip(found, layers, strict=True):
+        close(one, whole(("attention",), *arguments)[1]["attention"])
+
+
+def test_halves_add_up():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=1000), jnp.float32)
+    high, low = jax.jit(functools.partial(halves, dtype=jnp.bfloat16))(x)
+    assert high.dtype == low.dtype == jnp.bfloat16
+    np.testing.assert_allclose(high.astype(jnp.float32) + low.astype(jnp.float32), x, rtol=2.0**-16)
 
 
 @pytest.mark.slow

@@ -50,11 +50,12 @@ def cudnn_takes(query: Array, key: Array, value: Array) -> bool:
     """Whether cuDNN attends to such heads here, as far as jax can tell."""
     if not query.dtype == key.dtype == value.dtype:
         return False
-    return _cudnn_knows(query.dtype, query.shape[-1])
+    return cudnn_knows(query.dtype, query.shape[-1])
 
 
 @functools.cache
-def _cudnn_knows(dtype: Any, width: int) -> bool:
+def cudnn_knows(dtype: Any, width: int) -> bool:
+    """Whether cuDNN attends to heads of such a type and width here: 16 bit, NVIDIA, not too old."""
     if dtype not in (jnp.bfloat16, jnp.float16) or jax.default_backend() != "gpu":
         return False
     heads = jax.ShapeDtypeStruct((1, 7, 1, width), dtype)

@@ -373,8 +373,11 @@ def _keys_kernel(tiles: _Tiles, exp2: Any, plan: Any, windows: Any, *refs: Any) 
         query, grad, log, along = (x[queries, :] for x in (q_ref, g_ref, log_ref, along_ref))
         weights = exp2(_logits(query, key, penalty) * LOG2_E - log)
         slope = weights * (dot(grad, value) - along)
-        pairs = (slope.astype(query.dtype), query), (weights.astype(grad.dtype), grad)
-        return tuple(x + dot(a.T, b, transposed=False) for x, (a, b) in zip(carry, pairs))  # noqa: B905
+        of_key, of_value = carry
+        return (
+            of_key + dot(slope.astype(query.dtype).T, query, transposed=False),
+            of_value + dot(weights.astype(grad.dtype).T, grad, transposed=False),
+        )
 
     carry: Any = tuple(jnp.zeros(x.shape, jnp.float32) for x in (key, value))
     if layout.prefix:

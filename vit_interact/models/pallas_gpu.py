@@ -71,17 +71,13 @@ def cut_rows(
     return _by_rows(_rows_kernel, "rows", sizes, tile, interpret, jnp.float32, query, key, value)
 
 
-def indicator_map(
-    name: str, sides: MapSides, tile: tuple[int, int] | None, interpret: bool
-) -> Float[Array, "B M N"]:
-    """The map of an indicator of one layer; arrays of `sides` as the model has them."""
-    return stacked_maps(name, (sides,), tile, interpret)[0]
-
-
 def stacked_maps(
     name: str, layers: Sequence[MapSides], tile: tuple[int, int] | None, interpret: bool
 ) -> Float[Array, "L B M N"]:
-    """The maps of several layers, each written where it belongs: a copy takes as long as a map."""
+    """The map of an indicator of several layers; arrays of `layers` as the model has them.
+
+    Each is written where it belongs: a copy takes as long as a map.
+    """
     stack = None
     for layer, sides in enumerate(layers):
         stack = _write_map(name, sides, tile, interpret, stack, layer, len(layers))

@@ -80,20 +80,19 @@ def cut_rows(
 def stacked_maps(
     name: str, layers: Sequence[MapSides], tile: Sides | None, interpret: bool
 ) -> Float[Array, "L B M N"]:
-    """The maps of several layers."""
+    """The map of an indicator of several layers; arrays of `layers` as the model has them."""
     first = layers[0]
     shape = (len(layers), first.query.shape[0], first.query.shape[1], first.key.shape[1])
     stack = jnp.zeros(shape, jnp.float32)
     for layer, sides in enumerate(layers):
         # Not a concatenation, which would hold all layers and the result at once.
-        stack = stack.at[layer].set(indicator_map(name, sides, tile, interpret))
+        stack = stack.at[layer].set(_indicator_map(name, sides, tile, interpret))
     return stack
 
 
-def indicator_map(
+def _indicator_map(
     name: str, sides: MapSides, tile: Sides | None, interpret: bool
 ) -> Float[Array, "B M N"]:
-    """The map of an indicator of one layer; arrays of `sides` as the model has them."""
     rows, tokens = sides.query.shape[1], sides.key.shape[1]
     size = tile or _suitable(sides.query.shape[2])
     if sides.left is not None:

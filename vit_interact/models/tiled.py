@@ -2,8 +2,8 @@
 
 `attend_in_tiles` does what `attend.attend_in_blocks` does, on GPUs with the kernels of
 `models/pallas_gpu.py`, on TPUs with those of `models/pallas_tpu.py`, on a CPU with Pallas'
-interpreter, which is for tests. Derivatives take
-the way of `attend_in_blocks`: outputs and maps are differentiated through blocks of queries in XLA.
+interpreter, which is for tests. Derivatives do not: that of the output is cuDNN's where that can be
+had, and else XLA's in blocks of queries, as those of maps are.
 """
 
 from __future__ import annotations
@@ -103,13 +103,14 @@ class Tiled:
     @functools.cached_property
     def _attended(self) -> tuple[Array, Array]:
         """Outputs, and the first column of the rows' statistics."""
-        return _by_platform("attend", self.tiles, *self._inputs)
+        attend = lambda module: _attend_by_cut_rows if module is tpu else module.attend  # noqa: E731
+        return _by_platform(attend, self.tiles, *self._inputs)
 
     @functools.cached_property
     def _cut(self) -> _Cut:
         query, key, value = self._inputs
         value = value if self._narrow else value - self._mean
-        rest, rows = _by_platform("cut_rows", self.tiles, query, key, value)
+        rest, rows = _by_platform(lambda module: module.cut_rows, self.tiles, query, key, value)
         return _Cut.of(value, rest, rows)
 
     def _sides(self, name: str, g: Array | None) -> MapSides:
@@ -177,7 +178,8 @@ def stack_maps(layers: Sequence[LaterMap]) -> Float[Array, "L *B M N"]:
     """The maps of several layers of one model."""
     name, tiles, batch = layers[0].name, layers[0].tiles, layers[0].inputs[0].shape[:-3]
     inputs, sides = (tuple(getattr(one, part) for one in layers) for part in ("inputs", "sides"))
-    found = _by_platform(functools.partial(_stacked_maps, name), tiles, sides)
+    kernel = lambda module: functools.partial(module.stacked_maps, name)  # noqa: E731
+    found = _by_platform(kernel, tiles, sides)
     found = found.reshape(len(layers), *batch, *found.shape[-2:])
     return _differentiable_maps(name, lax.stop_gradient(found), inputs)
 
@@ -239,37 +241,27 @@ def attend_in_tiles(
     return _differentiable_output(tiled.output, query, key, value), found
 
 
-def _by_platform(function: Any, tiles: Tiles, *arrays: Any) -> Any:
+def _by_platform(kernel: Callable[[Any], Callable[..., Any]], tiles: Tiles, *arrays: Any) -> Any:
     """Chosen when a program is lowered, so that programs can be exported for other machines.
 
     Args:
-      function: name of a kernel that all platforms have, or a function of their module.
+      kernel: the function of a platform's module.
       tiles: asked for.
-      *arrays: for it.
+      *arrays: for the function.
     """
     tile = (tiles.queries, tiles.keys) if tiles.queries else None
 
     def on(module: Any, interpret: bool = False) -> Callable[..., Any]:
-        if callable(function):
-            return functools.partial(function, module, tile, interpret)
-        if function == "attend" and module is tpu:
-            return functools.partial(_attend_by_cut_rows, tile, interpret)
-        return lambda *arrays: getattr(module, function)(*arrays, tile, interpret)
+        return functools.partial(kernel(module), tile=tile, interpret=interpret)
 
     interpreted = on(gpu if tiles.interpret == "gpu" else tpu, True)
     return lax.platform_dependent(*arrays, cpu=interpreted, tpu=on(tpu), default=on(gpu))
 
 
-def _stacked_maps(
-    name: str, module: Any, tile: tuple[int, int] | None, interpret: bool, layers: Any
-) -> Array:
-    return module.stacked_maps(name, layers, tile, interpret)
-
-
 def _attend_by_cut_rows(
-    tile: tuple[int, int] | None, interpret: bool, query: Array, key: Array, value: Array
+    query: Array, key: Array, value: Array, tile: tuple[int, int] | None, interpret: bool
 ) -> tuple[Array, Array]:
-    """`attend` where no kernel of its own pays."""
+    """`pallas_gpu.attend` for a TPU, which has no kernel of its own for it."""
     cut = _Cut.of(value, *tpu.cut_rows(query, key, value, tile, interpret))
     return cut.output.astype(value.dtype), cut.rows[..., LOG : LOG + 1]
 

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vit_interact.heap import freed_memory_is_kept
 from vit_interact.interactions.indicators import (
     INDICATORS,
     NEEDS,
@@ -22,7 +21,7 @@ from vit_interact.interactions.indicators import (
     roll,
 )
 from vit_interact.interactions.streaming import Fields
-from vit_interact.models.attend import Attended, QueryBlocks, Tiles, Weightless, suitable_blocks
+from vit_interact.models.attend import Attended, QueryBlocks, Tiles, Weightless
 from vit_interact.models.attention import Taps, output_gradient
 from vit_interact.models.vit import Images, Keep, LayerMask, ViT
 from vit_interact.observe.fields import FieldsOf
@@ -33,6 +32,7 @@ from vit_interact.observe.probe import (
     make_score,
     probe,
 )
+from vit_interact.observe.ways import query_blocks, tiles
 
 _LOG = logging.getLogger("vit_interact")
 _CAPTURE_NEEDS = ("weights", "values", "output", "grad")
@@ -114,7 +114,8 @@ def measure(
       coverage: of windows, a share of a row or several; only with `reduce="fields"`.
       kernel: `"pallas"` for the Pallas kernels for GPUs and TPUs (docs/kernels.md): our `ViT`, maps
         but for `value_norm`, no `mask` and no predicted windows; a CPU interprets them, slowly.
-        `"xla"` for none. None takes them where they are faster: 16-bit models on one NVIDIA GPU.
+        `"xla"` for none. None takes them for 16-bit models on one NVIDIA GPU, unless
+        `leave_one_out` or `value_norm` is measured.
 
     Returns:
       Name to `[L, B, N, N]`, entry `i, j` being the impact of token `j` on token `i`; or, with
@@ -138,7 +139,7 @@ def measure(
     several = isinstance(coverage, Sequence)
     coverages = tuple(coverage) if isinstance(coverage, Sequence) else (coverage,)
     layout = model.config.layout
-    blocks = _blocks(model, images, None, block, small=True)
+    blocks = query_blocks(model, images, None, block, small=True)
     size = layout.num_patches if blocks is None else blocks.size
     fields = FieldsOf(layout, coverages, several)
     found = _measure(
@@ -166,8 +167,8 @@ def measure_with_logits(
         raise ValueError("keep and mask need vit_interact's ViT")
     keep = None if keep is None else jnp.asarray(keep)
     small = any(map(_needs_backward, names))
-    blocks: QueryBlocks | Tiles | None = _tiles(model, names, mask, block, kernel)
-    blocks = blocks or _blocks(model, images, keep, block, small)
+    blocks: QueryBlocks | Tiles | None = tiles(model, names, mask, block, kernel)
+    blocks = blocks or query_blocks(model, images, keep, block, small)
     logits, maps = _measure(
         model, params, images, classes, names, chosen, function, keep, mask, blocks
     )
@@ -186,46 +187,6 @@ def _checked(
 
 def _needs_backward(name: str) -> bool:
     return "output_grad" in NEEDS[name]
-
-
-def _blocks(
-    model: Any, images: Any, keep: Any, block: int | None, small: bool
-) -> QueryBlocks | None:
-    """What `block` asks for; None to work on all queries of a layer at once."""
-    if not isinstance(model, ViT):
-        if block is not None:
-            raise ValueError("block needs vit_interact's ViT: other models work on all queries")
-        return None
-    config = model.config
-    tokens = config.layout.num_tokens if keep is None else config.prefix + keep.shape[1]
-    if block is None:
-        # Where memory is asked for again each time, its pages cost more than larger blocks gain.
-        small = small or not freed_memory_is_kept()
-        return suitable_blocks(images.shape[0], config.heads, tokens, tokens, backward=small)
-    return None if block >= tokens else QueryBlocks(block)
-
-
-def _tiles(
-    model: Any, names: Sequence[str], mask: Any, block: int | None, kernel: str | None
-) -> Tiles | None:
-    """Asks for Pallas kernels, or says why they cannot serve; None for XLA."""
-    if kernel not in (None, "xla", "pallas"):
-        raise ValueError(f"kernel={kernel!r}: expected None, 'xla' or 'pallas'")
-    ours = isinstance(model, ViT) and model.config.windows is None
-    if kernel == "pallas":
-        if not ours:
-            raise ValueError("kernel='pallas' needs vit_interact's ViT, without predicted windows")
-        if mask is not None or block is not None:
-            raise ValueError("kernel='pallas' takes neither mask nor block")
-        return Tiles()
-    # Where they were seen to be faster (docs/kernels.md). XLA does not split them over devices.
-    pay = (
-        kernel is None and ours and mask is None and block is None
-        and jnp.dtype(model.config.dtype).itemsize == 2
-        and not {"value_norm"} & set(names)
-        and jax.default_backend() == "gpu" and jax.device_count() == 1
-    )  # fmt: skip
-    return Tiles() if pay else None
 
 
 @functools.partial(

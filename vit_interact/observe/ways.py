@@ -1,0 +1,56 @@
+"""Which way `vi.measure` takes: all queries at once, blocks of them, or Pallas kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vit_interact.heap import freed_memory_is_kept
+from vit_interact.models.attend import QueryBlocks, Tiles, suitable_blocks
+from vit_interact.models.fused import cudnn_knows
+from vit_interact.models.vit import ViT
+
+_KERNELS_PAY = {"attention", "dispersion", "gradient", "edge", "rollout"}
+
+
+def query_blocks(
+    model: Any, images: Any, keep: Any, block: int | None, small: bool
+) -> QueryBlocks | None:
+    """What `block` asks for; None to work on all queries of a layer at once."""
+    if not isinstance(model, ViT):
+        if block is not None:
+            raise ValueError("block needs vit_interact's ViT: other models work on all queries")
+        return None
+    config = model.config
+    tokens = config.layout.num_tokens if keep is None else config.prefix + keep.shape[1]
+    if block is None:
+        # Where memory is asked for again each time, its pages cost more than larger blocks gain.
+        small = small or not freed_memory_is_kept()
+        return suitable_blocks(images.shape[0], config.heads, tokens, tokens, backward=small)
+    return None if block >= tokens else QueryBlocks(block)
+
+
+def tiles(
+    model: Any, names: Sequence[str], mask: Any, block: int | None, kernel: str | None
+) -> Tiles | None:
+    """Asks for Pallas kernels, or says why they cannot serve; None for XLA."""
+    if kernel not in (None, "xla", "pallas"):
+        raise ValueError(f"kernel={kernel!r}: expected None, 'xla' or 'pallas'")
+    ours = isinstance(model, ViT) and model.config.windows is None
+    if kernel == "pallas":
+        if not ours:
+            raise ValueError("kernel='pallas' needs vit_interact's ViT, without predicted windows")
+        if mask is not None or block is not None:
+            raise ValueError("kernel='pallas' takes neither mask nor block")
+        return Tiles()
+    # Where a GPU was seen to be faster and right with them (docs/kernels.md). XLA does not split
+    # them over devices. What cuDNN knows is NVIDIA's, 16-bit and not too old for Triton.
+    pay = (
+        kernel is None and ours and mask is None and block is None
+        and set(names) <= _KERNELS_PAY and jax.device_count() == 1
+        and cudnn_knows(jnp.dtype(model.config.dtype), model.config.head_dim)
+    )  # fmt: skip
+    return Tiles() if pay else None
