@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from vit_interact.layout import TokenLayout
-from vit_interact.models.pallas_gpu import LOWEST, Sizes, call, exp2, of_image
+from vit_interact.models.pallas_gpu import LOWEST, Sizes, add_keys, call, exp2, of_image
 from vit_interact.models.tile_maps import LOG2_E, dot, pad_width
 
 _PREFIX = 16  # prefix tokens at most, and what a tensor core takes at least
@@ -328,15 +328,8 @@ def _forward_kernel(tiles: _Tiles, exp2: Any, plan: Any, windows: Any, *refs: An
     query = q_ref[own, :]
 
     def step(keys: Array, penalty: Array | None, carry: Any) -> Any:
-        top, total, output = carry
         logits = _logits(query, k_ref[keys, :], penalty)
-        new = jnp.maximum(top, jnp.max(logits, axis=1, keepdims=True) * LOG2_E)
-        weights = exp2(logits * LOG2_E - new)
-        shrink = exp2(top - new)
-        value = v_ref[keys, :]
-        added = dot(weights.astype(value.dtype), value, transposed=False)
-        total = total * shrink + jnp.sum(weights, axis=1, keepdims=True)
-        return new, total, output * shrink + added
+        return add_keys(exp2, logits, v_ref[keys, :], carry)
 
     column = jnp.zeros((tiles.size, 1), jnp.float32)
     start = column + LOWEST, column, jnp.zeros((tiles.size, v_ref.shape[1]), jnp.float32)

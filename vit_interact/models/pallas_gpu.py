@@ -248,18 +248,11 @@ def _attend_kernel(
     query = q_ref[own, :]
 
     def step(start: Any, numbers: Array, known: Array | None, carry: Any) -> Any:
-        top, total, output = carry
         keys = pl.ds(start, sizes.keys)
         logits = dot(query, k_ref[keys, :])
         if known is not None:
             logits = jnp.where(known, logits, LOWEST)
-        new = jnp.maximum(top, jnp.max(logits, axis=1, keepdims=True) * LOG2_E)
-        weights = exp2(logits * LOG2_E - new)
-        shrink = exp2(top - new)
-        value = v_ref[keys, :]
-        added = dot(weights.astype(value.dtype), value, transposed=False)
-        total = total * shrink + jnp.sum(weights, axis=1, keepdims=True)
-        return new, total, output * shrink + added
+        return add_keys(exp2, logits, v_ref[keys, :], carry)
 
     column = jnp.zeros((sizes.queries, 1), jnp.float32)
     start = column + LOWEST, column, jnp.zeros(query.shape, jnp.float32)
@@ -267,6 +260,17 @@ def _attend_kernel(
     top, total, output = _over_keys(tokens, k_ref.shape[0], shape, step, start)
     out_ref[own, :] = (output / total).astype(out_ref.dtype)
     rows_ref[own, :] = top + jnp.log2(total)
+
+
+def add_keys(exp2: Any, logits: Array, value: Array, carry: tuple[Array, ...]) -> Any:
+    """A step of a running softmax in powers of two: largest logit, sum and output of the rows."""
+    top, total, output = carry
+    new = jnp.maximum(top, jnp.max(logits, axis=1, keepdims=True) * LOG2_E)
+    weights = exp2(logits * LOG2_E - new)
+    shrink = exp2(top - new)
+    added = dot(weights.astype(value.dtype), value, transposed=False)
+    total = total * shrink + jnp.sum(weights, axis=1, keepdims=True)
+    return new, total, output * shrink + added
 
 
 def _rows_kernel(
