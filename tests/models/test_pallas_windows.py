@@ -26,7 +26,7 @@ from vit_interact.models.window_attention import window_attention
 def test_equals_a_mask_with_its_derivatives(layout, reach):
     windows = boxes(layout, reach)
     windows[0, 2] = 0  # nobody's window, but it must give zeros as a mask does
-    attend = lambda *a: pallas_windows.attend(layout, True, *a, jnp.asarray(windows), 16)  # noqa: E731
+    attend = lambda *a: pallas_windows.attend(layout, True, *a, 16)  # noqa: E731
     equals_a_mask(attend, layout, windows)
 
 

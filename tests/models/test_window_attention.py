@@ -24,7 +24,7 @@ from vit_interact.models.window_attention import computed_share, window_attentio
 )
 def test_equals_a_mask_with_its_derivatives(layout, reach):
     windows = boxes(layout, reach)
-    equals_a_mask(lambda *a: window_attention(*a, windows, layout), layout, windows)
+    equals_a_mask(lambda *a: window_attention(*a, layout), layout, windows)
 
 
 def test_leading_axes_one_set_of_windows_and_vmap():
