@@ -137,7 +137,7 @@ def test_gpu(run, shallow, monkeypatch):
 
     small = ("vit_ti16@32", 2, ("attention", "edge")), ("vit_ti16@32", 1, ("attention",))
     monkeypatch.setattr(gpu, "_MODELS", small)
-    monkeypatch.setattr(gpu, "_TRAINED", (("vit_ti16", 2),))
+    monkeypatch.setattr(gpu, "_TRAINED", (("vit_ti16", 8),))  # one image a device
     monkeypatch.setattr(gpu, "TokenLayout", lambda rows, cols: TokenLayout(4, 4))
     rows = run("gpu", "--no-peer", "--repeats", "1")
     positive(rows, "ms", "images_s", "ratio", "mfu", "temporary_mib")
