@@ -30,6 +30,7 @@ from vit_interact.heap import keep_freed_memory
 from vit_interact.models import dense, vit
 from vit_interact.models.attend import explicit_attention
 from vit_interact.models.config import ViTConfig
+from vit_interact.models.dense import PatchEmbedding
 from vit_interact.models.vit import ViT
 
 SMALL = ViTConfig(
@@ -142,6 +143,7 @@ def pieces(batch: int, repeats: int) -> list[common.Row]:
             ("[6, 197, 197]", product, one),
             ("[1, 6, 197, 197]", product, tuple(a[None] for a in one)),
         ],
+        **_patches(array, 8),
     }
     rows = []
     for piece, ways in cases.items():
@@ -152,6 +154,32 @@ def pieces(batch: int, repeats: int) -> list[common.Row]:
         found = _rows(common.take_turns(calls, 20 * repeats), ways[0][0])
         rows += [{"pass": piece, **row} for row in found]
     return rows
+
+
+def _patches(array: Callable[..., jax.Array], batch: int) -> dict[str, list[Any]]:
+    """Patches of ViT-S/16 at 224 pixels as the models embed them, and by a convolution."""
+    sides = array(16, 16, 3, 384), array(batch, 224, 224, 3)
+    size = (16, 16)
+    ways = {
+        "one product": PatchEmbedding(384, size, use_bias=False),
+        "a convolution": nn.Conv(384, size, strides=size, padding="VALID", use_bias=False),
+    }
+
+    def embed(layer: Any, kernel: jax.Array, images: jax.Array) -> jax.Array:
+        return layer.apply({"params": {"kernel": kernel}}, images)
+
+    def derivative(layer: Any, by: int, *sides: jax.Array) -> jax.Array:
+        return jax.grad(lambda *x: jnp.sum(embed(layer, *x) ** 2), by)(*sides)
+
+    functions = {
+        "patches": lambda layer: functools.partial(embed, layer),
+        "patches, derivative by the kernel": lambda layer: functools.partial(derivative, layer, 0),
+        "patches, derivative by the images": lambda layer: functools.partial(derivative, layer, 1),
+    }
+    return {
+        f"{piece}, {batch} x 224": [(name, make(layer), sides) for name, layer in ways.items()]
+        for piece, make in functions.items()
+    }
 
 
 def _attention(array: Callable[..., jax.Array], batch: int, tokens: int) -> list[Any]:

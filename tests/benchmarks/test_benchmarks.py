@@ -90,7 +90,7 @@ def test_cpu(run, shallow):
     rows = run("cpu", "--batch", "2", "--repeats", "1")
     passes = [row for row in rows if "batch" in row]
     assert len({row["what"] for row in passes}) == 6 and len(passes) == 18
-    assert len(rows) == 18 + 2 * 5
+    assert len(rows) == 18 + 2 * 8
     positive(rows, "ms", "cpu_ms", "ratio", "cpu_ratio")
 
 

@@ -26,8 +26,8 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from vit_interact.layout import TokenLayout
-from vit_interact.models.pallas_gpu import LOWEST, Sizes, add_keys, call, exp2, of_image
-from vit_interact.models.tile_maps import LOG2_E, dot, pad_width
+from vit_interact.models.pallas_gpu import Sizes, add_keys, call, exp2, of_image
+from vit_interact.models.tile_maps import LOG2_E, LOWEST, dot, pad_width
 
 _PREFIX = 16  # prefix tokens at most, and what a tensor core takes at least
 _FAR = 2.0**101  # the unit of places; half of it, taken off a logit, leaves less than `LOWEST`

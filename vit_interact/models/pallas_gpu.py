@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from vit_interact.models.tile_maps import (
     LOG,
     LOG2_E,
+    LOWEST,
     REST,
     WHICH,
     MapSides,
@@ -32,7 +33,6 @@ from vit_interact.models.tile_maps import (
     whole_tile,
 )
 
-LOWEST = -1e30  # Finite: inf - inf would be NaN.
 _SMALLEST = 16  # sides of a product, of what a tensor core takes
 
 

@@ -29,6 +29,7 @@ from jaxtyping import Array, Float
 from vit_interact.models.tile_maps import (
     LOG,
     LOG2_E,
+    LOWEST,
     REST,
     WHICH,
     MapSides,
@@ -38,8 +39,6 @@ from vit_interact.models.tile_maps import (
     pad_width,
     whole_tile,
 )
-
-MASKED = -1e30  # Finite: inf - inf would be NaN.
 
 Sides = tuple[int, int]
 
@@ -151,7 +150,7 @@ def _rows_kernel(
         """Logits `[M, size]`, the numbers of their keys as floats, and where the keys are."""
         keys = pl.ds(pl.multiple_of(i * size, size), size)
         numbers = i * size + lax.broadcasted_iota(jnp.int32, (count, size), 1)
-        logits = jnp.where(numbers < tokens, dot(query, k_ref[keys, :]) * LOG2_E, MASKED)
+        logits = jnp.where(numbers < tokens, dot(query, k_ref[keys, :]) * LOG2_E, LOWEST)
         return logits, numbers.astype(jnp.float32), keys
 
     def largest(i: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -172,7 +171,7 @@ def _rows_kernel(
         return rest + jnp.sum(weights, axis=1, keepdims=True), output
 
     zeros = jnp.zeros((count, 1), jnp.float32)
-    top, which = lax.fori_loop(0, blocks, largest, (zeros + 2 * MASKED, zeros))
+    top, which = lax.fori_loop(0, blocks, largest, (zeros + 2 * LOWEST, zeros))
     rest, output = lax.fori_loop(0, blocks, add, (zeros, jnp.zeros(rest_ref.shape, jnp.float32)))
     rest_ref[...] = output
     columns = {LOG: top + jnp.log2(1.0 + rest), WHICH: which, REST: rest}

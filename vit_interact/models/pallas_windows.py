@@ -23,9 +23,9 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
 
 from vit_interact.layout import TokenLayout
-from vit_interact.models.pallas_tpu import MASKED, call
+from vit_interact.models.pallas_tpu import call
 from vit_interact.models.patch_blocks import needed_blocks, patch_blocks
-from vit_interact.models.tile_maps import dot, pad_width
+from vit_interact.models.tile_maps import LOWEST, dot, pad_width
 
 LOG, ALONG = range(2)
 """Of each query: logarithm of the sum of exponentials; its output times that one's gradient."""
@@ -235,7 +235,7 @@ def _forward_kernel(
         top, total, output = carry
         keys = _part(lists[block, n], size)
         inside = _inside(corners, [places[pl.ds(axis, 1), keys] for axis in range(2)])
-        logits = jnp.where(inside, dot(query, k_ref[keys, :]), MASKED)
+        logits = jnp.where(inside, dot(query, k_ref[keys, :]), LOWEST)
         new = jnp.maximum(top, jnp.max(logits, axis=1, keepdims=True))
         weights = jnp.where(inside, jnp.exp(logits - new), 0.0)
         shrink = jnp.exp(top - new)
@@ -245,7 +245,7 @@ def _forward_kernel(
         return new, total, output * shrink + added
 
     column = jnp.zeros((size, 1), jnp.float32)
-    start = (column + MASKED, column, jnp.zeros(output_ref.shape, jnp.float32))
+    start = (column + LOWEST, column, jnp.zeros(output_ref.shape, jnp.float32))
     top, total, output = lax.fori_loop(0, needed[0, block], step, start)
     total = jnp.where(total > 0.0, total, 1.0)  # filling may see nothing
     output_ref[...] = output / total

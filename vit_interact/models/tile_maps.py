@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array
 
 LOG2_E = 1.4426950408889634
+LOWEST = -1e30  # Finite: inf - inf would be NaN.
 
 LOG, WHICH, REST = range(3)
 """Columns of a row's statistics: base-2 logarithm of the sum of `exp(logit)`; number of the key
