@@ -112,7 +112,7 @@ def _rows(times: dict[str, common.Times], first: str) -> list[common.Row]:
     ]
 
 
-def pieces(batch: int, repeats: int) -> list[common.Row]:
+def pieces(batch: int, pixels: int, repeats: int) -> list[common.Row]:
     """Rows of single operations, each as it is first and then as it was."""
     rng = np.random.default_rng(0)
     tokens, width, hidden = batch * SMALL.layout.num_tokens, SMALL.width, SMALL.mlp_dim
@@ -128,6 +128,7 @@ def pieces(batch: int, repeats: int) -> list[common.Row]:
     product = lambda a, b: jnp.sum(a * b, axis=-1)  # noqa: E731
     one = array(6, 197, 197), array(6, 197, 197)
     two_axes = [a.reshape(*images, -1) for a in (narrow, wide)]
+    patches = _patches(array, 8, pixels)
     cases: dict[str, list[tuple[str, Callable[..., Any], tuple[Any, ...]]]] = {
         "derivative of a kernel": [
             ("tokens in one axis", of_kernel, (narrow, wide)),
@@ -143,7 +144,7 @@ def pieces(batch: int, repeats: int) -> list[common.Row]:
             ("[6, 197, 197]", product, one),
             ("[1, 6, 197, 197]", product, tuple(a[None] for a in one)),
         ],
-        **_patches(array, 8),
+        **patches,
     }
     rows = []
     for piece, ways in cases.items():
@@ -151,14 +152,16 @@ def pieces(batch: int, repeats: int) -> list[common.Row]:
         for name, function, arguments in ways:
             compiled = jax.jit(function).lower(*arguments).compile()
             calls[name] = lambda compiled=compiled, arguments=arguments: compiled(*arguments)
-        found = _rows(common.take_turns(calls, 20 * repeats), ways[0][0])
+        # Most pieces take milliseconds; a convolution's derivative does not.
+        turns = repeats if piece in patches else 20 * repeats
+        found = _rows(common.take_turns(calls, turns), ways[0][0])
         rows += [{"pass": piece, **row} for row in found]
     return rows
 
 
-def _patches(array: Callable[..., jax.Array], batch: int) -> dict[str, list[Any]]:
-    """Patches of ViT-S/16 at 224 pixels as the models embed them, and by a convolution."""
-    sides = array(16, 16, 3, 384), array(batch, 224, 224, 3)
+def _patches(array: Callable[..., jax.Array], batch: int, pixels: int) -> dict[str, list[Any]]:
+    """Patches of ViT-S/16 as the models embed them, and by a convolution."""
+    sides = array(16, 16, 3, 384), array(batch, pixels, pixels, 3)
     size = (16, 16)
     ways = {
         "one product": PatchEmbedding(384, size, use_bias=False),
@@ -177,7 +180,7 @@ def _patches(array: Callable[..., jax.Array], batch: int) -> dict[str, list[Any]
         "patches, derivative by the images": lambda layer: functools.partial(derivative, layer, 1),
     }
     return {
-        f"{piece}, {batch} x 224": [(name, make(layer), sides) for name, layer in ways.items()]
+        f"{piece}, {batch} x {pixels}": [(name, make(layer), sides) for name, layer in ways.items()]
         for piece, make in functions.items()
     }
 
@@ -198,6 +201,7 @@ def main() -> None:
     """Runs the benchmark."""
     parser = common.make_parser(__doc__, repeats=7)
     parser.add_argument("--batch", type=int, default=128, help="images of the small ViT")
+    parser.add_argument("--pixels", type=int, default=224, help="a side of the images of `patches`")
     options = parser.parse_args()
     report = common.Report("cpu", {"dtype": "float32"}, ("flax",))
     large = vi.create_model("vit_s16", num_classes=1000, image_size=224)
@@ -209,7 +213,7 @@ def main() -> None:
     ):
         for row in measure(model, batch, training, options.repeats):
             report.add(**{"pass": name, "batch": batch, **row})
-    for row in pieces(options.batch, options.repeats):
+    for row in pieces(options.batch, options.pixels, options.repeats):
         report.add(**row)
     report.show(options.json)
 
