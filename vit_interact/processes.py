@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 
@@ -29,19 +30,31 @@ def end_with_parent() -> None:
 
 @contextlib.contextmanager
 def deaf_to_interrupts() -> Iterator[None]:
-    """Processes that are started within ignore Ctrl-C.
+    """Processes that are started within are deaf to Ctrl-C; for this one it waits till the end.
 
     A terminal tells all processes of a command. Workers would print where they were at; it is for
     their parent to say that it was interrupted, and to end them.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may change what a signal does
+    if not hasattr(signal, "pthread_sigmask"):
+        yield  # on Windows
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What a new process inherits. multiprocessing's tracker, which starts with the first of them,
+    # would undo it.
+    resource_tracker.ensure_running()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # Threads of XLA do not block it, so it may still come: never ignored, and never halfway through
+    # the start of a pool, whose first workers nobody would end. Other threads are not interrupted.
+    held: list[int] = []
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, lambda number, _: held.append(number)) if main else None
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if main:
+            signal.signal(signal.SIGINT, before)
+    if held:
+        signal.raise_signal(signal.SIGINT)
 
 
 @contextlib.contextmanager

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import os
+import sys
 from typing import Annotated
 
 import typer
 
-from vit_interact.cli import analyze, models, report, statistics, verify
+from vit_interact.cli import analyze, models, report, shell, statistics, verify
 from vit_interact.cli.shell import app
 from vit_interact.heap import keep_freed_memory
 
@@ -20,7 +22,15 @@ def main() -> None:
     # While JAX, its programs and Matplotlib come in, by far the most objects are there to stay:
     # Python's default has it look through all of them six times for garbage, 0.6 s of 5.
     gc.set_threshold(100_000, 10, 10)
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if end.code != shell.INTERRUPTED:
+            raise
+        # Python's own end crashes when JAX was interrupted while it came in.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(shell.INTERRUPTED)
 
 
 def _version(asked: bool) -> bool:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from vit_interact.models.weights import Checkpoint
 
 DEFAULT_MODEL = "vit_s14_caltech101"
+# Exit code after Ctrl-C, as shells have it.
+INTERRUPTED = 130
 # Images that may take more than two seconds to open.
 _LONG = 1000
 
@@ -48,7 +50,7 @@ def one_line_errors() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         print("interrupted; finished images are kept: run it again to go on", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise typer.Exit(INTERRUPTED) from None
     except (ValueError, OSError) as error:
         fail(error)
     except (MemoryError, RuntimeError) as error:

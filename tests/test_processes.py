@@ -1,0 +1,43 @@
+"""Worker processes and Ctrl-C."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from vit_interact.processes import deaf_to_interrupts
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of a terminal")
+DEAF = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))"
+
+
+def starts_deaf():
+    return subprocess.run([sys.executable, "-c", DEAF], capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("by_a_thread", [False, True])
+def test_an_interrupt_waits_for_the_end(by_a_thread):
+    """It is not lost, whether the main thread gets it or one that does not block it."""
+    reached = False
+    with pytest.raises(KeyboardInterrupt), deaf_to_interrupts():
+        if by_a_thread:
+            command = f"import os, signal; os.kill({os.getpid()}, signal.SIGINT)"
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            subprocess.run([sys.executable, "-c", command], check=True)
+        else:
+            signal.raise_signal(signal.SIGINT)
+        reached = True
+    assert reached
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert starts_deaf().strip() == "False"
+
+
+def test_processes_started_within_are_deaf():
+    with deaf_to_interrupts():
+        assert starts_deaf().strip() == "True"
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            found = pool.apply(signal.pthread_sigmask, (signal.SIG_BLOCK, ()))
+    assert signal.SIGINT in found
