@@ -8,7 +8,6 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from multiprocessing import resource_tracker
 from pathlib import Path
 
 
@@ -38,6 +37,8 @@ def deaf_to_interrupts() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield  # on Windows
         return
+    from multiprocessing import resource_tracker
+
     # What a new process inherits. multiprocessing's tracker, which starts with the first of them,
     # would undo it.
     resource_tracker.ensure_running()

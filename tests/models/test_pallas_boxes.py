@@ -30,7 +30,7 @@ def around(layout, reach, batch=(2,)):
     [
         (TokenLayout(9, 17, 1), boxes, 4),  # tiles beyond the grid, both ways
         (TokenLayout(8, 8, 0), boxes, 3),  # no prefix token
-        # Rings around inner boxes, cut by the grid's end: a minute where nothing else runs.
+        # Rings around inner boxes, cut by the grid's end: this file's longest case.
         pytest.param(TokenLayout(23, 33, 16), around, 11, marks=pytest.mark.slow),
         (TokenLayout(16, 16, 5), boxes, 40),  # windows of the whole grid: nothing to skip
     ],
