@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 import vit_interact as vi
 from benchmarks import common
 from benchmarks.indicators import make_case
 from vit_interact import interactions as vx
-from vit_interact.heap import freed_memory_is_kept
-from vit_interact.models.attend import suitable_blocks
+from vit_interact.observe.ways import query_blocks
 
 
 def main() -> None:
@@ -52,7 +53,7 @@ def measure(name: str, blocks: list[int], indicators: list[str], repeats: int) -
             memory.setdefault(key, case.memory[what])
     times = common.take_turns({str(key): call for key, call in calls.items()}, repeats)
     base = times[str(("forward", None))]
-    chosen = {what: _chosen(name, _small(what)) for what in indicators}
+    chosen = {what: _chosen(name, what) for what in indicators}
     rows = []
     for key in calls:
         what, block = key
@@ -65,16 +66,13 @@ def measure(name: str, blocks: list[int], indicators: list[str], repeats: int) -
     return rows
 
 
-def _small(what: str) -> bool:
-    return "output_grad" in vx.NEEDS[what] or not freed_memory_is_kept()
-
-
-def _chosen(name: str, backward: bool) -> int:
+def _chosen(name: str, what: str) -> int:
     """Queries at a time that `block=None` means."""
     model, _, pixels = name.partition("@")
-    config = vi.create_model(model, **({"image_size": int(pixels)} if pixels else {})).config
-    tokens = config.layout.num_tokens
-    blocks = suitable_blocks(1, config.heads, tokens, tokens, backward)
+    vit = vi.create_model(model, **({"image_size": int(pixels)} if pixels else {}))
+    images = jax.ShapeDtypeStruct((1, *vit.config.image_size, 3), "float32")
+    tokens = vit.config.layout.num_tokens
+    blocks = query_blocks(vit, images, None, None, (what,))
     return tokens if blocks is None else blocks.groups(tokens)[0].shape[1]
 
 

@@ -8,13 +8,11 @@ quarter of a small ViT's training step (docs/benchmarks.md).
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 
 # Of glibc's malloc.h: M_TRIM_THRESHOLD (-1: never trim), M_MMAP_MAX (0: blocks of any size come
 # from the heap), M_ARENA_MAX (only the first arena can grow to any size).
 _SETTINGS = ((-1, -1), (-4, 0), (-8, 1))
-_kept = False
 
 
 def keep_freed_memory() -> bool:
@@ -27,17 +25,10 @@ def keep_freed_memory() -> bool:
     Returns:
       Whether it was done; other allocators and systems are left as they are.
     """
-    global _kept
     if not sys.platform.startswith("linux"):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # no glibc
         return False
-    _kept = all([mallopt(number, value) == 1 for number, value in _SETTINGS])
-    return _kept
-
-
-def freed_memory_is_kept() -> bool:
-    """Whether `keep_freed_memory` has succeeded, or the environment asked for the same."""
-    return _kept or os.environ.get("MALLOC_MMAP_MAX_") == "0"
+    return all([mallopt(number, value) == 1 for number, value in _SETTINGS])

@@ -211,14 +211,6 @@ def test_fused_output_is_that_of_jax(masked, monkeypatch):
     close(fused_attention(q, k, v, mask), expected)
 
 
-def test_larger_blocks_without_a_backward_pass(monkeypatch):
-    monkeypatch.setattr("vit_interact.models.attend.SMALLEST_BLOCK", 1)
-    monkeypatch.setattr("vit_interact.models.attend.WEIGHT_BYTES", 4 * 2 * H * N * 2)
-    monkeypatch.setattr("vit_interact.models.attend.FORWARD_BYTES", 4 * 2 * H * N * 5)
-    assert suitable_blocks(2, H, N, N) == QueryBlocks(2)
-    assert suitable_blocks(2, H, N, N, backward=False) == QueryBlocks(5)
-
-
 def temporary(function, *shapes):
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     compiled = jax.jit(function).lower(*arguments).compile()

@@ -185,11 +185,13 @@ def test_bf16_compute_is_close():
         close(rough[name], exact[name], tolerance=0.1)
 
 
-@pytest.mark.parametrize(("indicator", "limit"), [("attention", 1.3), ("leave_one_out", 1.3)])
-def test_temporary_memory_is_that_of_the_forward_pass(indicator, limit):
-    """vit_s16 at 224, batch 8, all layers; the maps themselves are outputs, not temporaries."""
+@pytest.mark.parametrize(
+    ("indicator", "batch"), [("attention", 8), ("leave_one_out", 8), ("leave_one_out", 1)]
+)
+def test_temporary_memory_is_that_of_the_forward_pass(indicator, batch):
+    """vit_s16 at 224, all layers; the maps themselves are outputs, not temporaries."""
     model = vi.create_model("vit_s16")
-    images = jax.ShapeDtypeStruct((8, 224, 224, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((batch, 224, 224, 3), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
 
     def temporary(function):
@@ -198,7 +200,7 @@ def test_temporary_memory_is_that_of_the_forward_pass(indicator, limit):
 
     forward = temporary(lambda p, x: model.apply({"params": p}, x))
     measured = temporary(lambda p, x: vi.measure(model, p, x, (indicator,)))
-    assert measured < limit * forward
+    assert measured < 1.3 * forward
 
 
 def test_capture_gives_what_is_asked_and_says_how_large(caplog):

@@ -1,4 +1,4 @@
-"""What indicators share: sums over heads, and the closed form of cutting an edge."""
+"""Sums over the heads of whole layers."""
 
 from __future__ import annotations
 
@@ -11,85 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-EXACT = jax.lax.Precision.HIGHEST
+from vit_interact.interactions.head_terms import DOMINANT, if_dominated
 
 # Weights of a layer up to which all heads are worked on together: smaller pieces leave threads
 # idle, larger ones do not stay in the cache. One image of ViT-S at 224 pixels is below.
 _AT_ONCE = 2**18
-
-# What rounding adds to the squared length of `o − v` grows by 1/(1−A)², 11 here.
-_DOMINANT = 0.7
-
-
-def split_dominant(weights: Array) -> tuple[Array, Array]:
-    """Where a key dominates, at most once in a row, and the weights without it.
-
-    With `A → 1`, `A/(1−A) · (o − v)` is a huge number times a difference that rounding ate: what
-    cutting such a key does comes from the other keys.
-    """
-    dominates = weights > _DOMINANT
-    return dominates, jnp.where(dominates, 0, weights)
-
-
-def cut_dominant(rest_output: Array, rest_sum: Array, output: Array) -> Array:
-    """Change of a head's output where the key that dominates a row is cut, `[..., M, K]`.
-
-    `A (o_rest − v)`, where `o_rest` is the output of the other keys alone.
-
-    Args:
-      rest_output: what the other keys contribute, `[..., M, K]`.
-      rest_sum: their weight, `[..., M, 1]`; 0 gives no change.
-      output: of all keys, `[..., M, K]`.
-    """
-    others = rest_sum > 0
-    alone = _divide(rest_output, jnp.where(others, rest_sum, 1))
-    return jnp.where(others, (1 - rest_sum) * alone - (output - rest_output), 0)
-
-
-def cut_by_logits(weights: Array, logit_grad: Array, dominant: Array) -> Array:
-    """Effect on the score, to first order, of cutting each edge of one head.
-
-    Cutting `j` changes the score by `A/(1−A) g_i·(o_i − v_j)`, and `∂s/∂z_ij = A g_i·(v_j − o_i)`:
-    it is `−∂s/∂z_ij / (1−A)`.
-
-    Args:
-      weights: `[..., M, N]`.
-      logit_grad: derivative of the score by the logits `z`, `[..., M, N]`.
-      dominant: `cut_dominant_by_logits`, `[..., M, 1]`.
-    """
-    dominates, rest = split_dominant(weights)
-    return jnp.where(dominates, dominant, -logit_grad / (1 - rest))
-
-
-def cut_dominant_by_logits(weights: Array, logit_grad: Array) -> Array:
-    """`cut_by_logits` for the key that dominates a row, `[..., M, 1]`; without one, of no use.
-
-    There it would be a small number over a smaller one. So it comes from the other keys, which the
-    query would turn to.
-    """
-    dominates, rest = split_dominant(weights)
-
-    def total(of: Array) -> Array:
-        return jnp.sum(of, axis=-1, keepdims=True)
-
-    rest_sum, rest_grad = total(rest), total(jnp.where(dominates, 0, logit_grad))
-    own, own_grad = total(weights - rest), total(jnp.where(dominates, logit_grad, 0))
-    others = rest_sum > 0
-    alone = _divide(rest_grad, jnp.where(others, rest_sum, 1))
-    return jnp.where(others, own * alone - own_grad, 0)
-
-
-@jax.custom_jvp
-def _divide(numerator: Array, denominator: Array) -> Array:
-    """A quotient whose derivative survives a tiny denominator, which jax's own would square."""
-    return numerator / denominator
-
-
-@_divide.defjvp
-def _divide_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    (numerator, denominator), (by_numerator, by_denominator) = primals, tangents
-    quotient = _divide(numerator, denominator)
-    return quotient, (by_numerator - quotient * by_denominator) / denominator
 
 
 def add_heads(per_head: Array) -> Array:
@@ -164,15 +90,12 @@ def where_dominated(
 
     def of_head_if(head: Array) -> Array:
         # Arrays are picked from within the branch: to it, they would be copied.
-        return jax.lax.cond(found[head], of_head, lambda _: none, head)
+        return if_dominated(found[head], of_head, none, head)
 
     none = _zeros(weights[..., :1])
-    heads = jnp.arange(weights.shape[-3])
     others = tuple(axis for axis in range(weights.ndim) if axis != weights.ndim - 3)
-    found = jnp.max(weights, axis=others) > _DOMINANT
-    # On an accelerator a branch would wait for the host.
-    branches = jax.default_backend() == "cpu"
-    each = jax.lax.map(of_head_if if branches else of_head, heads)
+    found = jnp.max(weights, axis=others) > DOMINANT
+    each = jax.lax.map(of_head_if, jnp.arange(weights.shape[-3]))
     return jnp.moveaxis(each, 0, -3)
 
 

@@ -24,17 +24,21 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vit_interact.interactions.by_head import (
-    EXACT,
     add_heads,
-    cut_by_logits,
-    cut_dominant,
-    cut_dominant_by_logits,
     is_single,
     mean_over_heads,
     of_one,
-    split_dominant,
     sum_over_heads,
     where_dominated,
+)
+from vit_interact.interactions.head_terms import (
+    EXACT,
+    cut_by_logits,
+    cut_dominant_by_logits,
+    leave_one_out_dominant,
+    leave_one_out_squared,
+    metric_of,
+    safe_sqrt,
 )
 from vit_interact.interactions.views import normalise_rows, widen
 
@@ -88,7 +92,7 @@ def dispersion(weights: Weights) -> Float[Array, "*batch M N"]:
     """
     weights = widen(weights)
     mean = mean_over_heads(weights)[..., None, :, :]
-    return _safe_sqrt(mean_over_heads(jnp.square(weights - mean)))
+    return safe_sqrt(mean_over_heads(jnp.square(weights - mean)))
 
 
 @jax.jit
@@ -118,7 +122,7 @@ def value_norm(weights: Weights, values: Heads, out_kernel: Kernel) -> Float[Arr
         return own * add_heads(with_others[..., None, :] * weights)
 
     squared = sum_over_heads(of_head, weights, (gram, -3), alone=True)
-    return _safe_sqrt(squared)
+    return safe_sqrt(squared)
 
 
 @jax.jit
@@ -172,8 +176,7 @@ def leave_one_out(
         given = () if output is None else (output,)
         return of_one(leave_one_out, weights, values, out_kernel, *given)
     weights = widen(weights)
-    kernel = _like(out_kernel, weights)
-    metric = jnp.einsum("hkd,hld->hkl", kernel, kernel, precision=EXACT)  # M_h = W_h W_hᵀ
+    metric = metric_of(_like(out_kernel, weights))  # M_h = W_h W_hᵀ
     mean = jnp.mean(_like(values, weights), axis=-3, keepdims=True)
     # Differences stay, the big terms of the expansion below shrink.
     v = jnp.swapaxes(_like(values, weights) - mean, -3, -2)  # [..., H, N, K]
@@ -182,27 +185,9 @@ def leave_one_out(
     else:
         o = jnp.asarray(output) - mean
 
-    def cut_squared(weights: Array, v: Array, o: Array, m: Array) -> Array:
-        _, rest = split_dominant(weights)
-        kept = jnp.einsum("...ij,...jk->...ik", rest, v, precision=EXACT)
-        change = cut_dominant(kept, jnp.sum(rest, axis=-1, keepdims=True), o)
-        return jax.nn.relu(_metric_products(change, m)[1])
-
-    def of_head(weights: Array, dominant: Array, v: Array, o: Array, m: Array) -> Array:
-        # ‖(o_i − v_j)W‖² expanded, so that no [.., M, N, K] exists, and all of it as one product:
-        # XLA's CPU is slow where sums over channels meet as rows and columns.
-        _, own_value = _metric_products(v, m)
-        keys = jnp.concatenate([v, jnp.ones_like(own_value), own_value], axis=-1)
-        o_m, own_output = _metric_products(o, m)
-        queries = jnp.concatenate([-2 * o_m, own_output, jnp.ones_like(own_output)], axis=-1)
-        distance = jnp.einsum("...ik,...jk->...ij", queries, keys, precision=EXACT)
-        dominates, rest = split_dominant(weights)
-        factor = rest / (1 - rest)
-        return jnp.where(dominates, dominant, jnp.square(factor) * jax.nn.relu(distance))
-
     sides = ((v, -3), (o, -2), (metric, -3))
-    dominant = where_dominated(cut_squared, weights, *sides)
-    return _safe_sqrt(sum_over_heads(of_head, weights, (dominant, -3), *sides))
+    dominant = where_dominated(leave_one_out_dominant, weights, *sides)
+    return safe_sqrt(sum_over_heads(leave_one_out_squared, weights, (dominant, -3), *sides))
 
 
 @functools.partial(jax.jit, static_argnames="signed")
@@ -376,17 +361,5 @@ def _centred(values: Heads, weights: Array) -> Array:
     return values - jnp.mean(values, axis=-3, keepdims=True)
 
 
-def _metric_products(x: Array, metric: Array) -> tuple[Array, Array]:
-    """`x M` and `x · x M` of vectors `[..., N, K]`, with the `M` of one head, `[K, K]`."""
-    moved = jnp.einsum("...ik,kl->...il", x, metric, precision=EXACT)
-    return moved, jnp.sum(moved * x, axis=-1, keepdims=True)
-
-
 def _like(array: Array | np.ndarray, weights: Array) -> Array:
     return jnp.asarray(array).astype(weights.dtype)
-
-
-def _safe_sqrt(squared: Array) -> Array:
-    """Square root with gradient 0 at 0, where the true one is infinite."""
-    positive = squared > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1)), 0)

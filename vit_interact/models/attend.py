@@ -14,19 +14,26 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from vit_interact.interactions.by_head import is_single
 from vit_interact.layout import TokenLayout
+from vit_interact.models.attend_heads import OverHeads, attend_over_heads
 from vit_interact.models.bias import SeparableBias
-from vit_interact.models.blocks import Places, join, map_blocks, pick
+from vit_interact.models.blocks import Places, Summed, join, map_blocks, pick
+from vit_interact.models.cpu import on_cpu
+from vit_interact.models.softmax import (
+    attention_logits,
+    heads_first,
+    softmax_parts,
+    without_batch,
+)
 
 WEIGHT_BYTES = 16 * 2**20
 """Attention weights that exist at a time, when nothing else is asked for (docs/kernels.md)."""
 
-FORWARD_BYTES = 64 * 2**20
-"""The same for maps that need no backward pass, in processes that keep freed memory."""
+HEAD_BYTES = 4 * 2**20
+"""The same for maps that are made over heads (`attend_heads.py`)."""
 
 ACCELERATOR_BYTES = 512 * 2**20
 """The same for all on an accelerator, which wants larger pieces of work."""
@@ -98,14 +105,17 @@ class QueryBlocks:
       size: most queries in a block, but for whole columns of the grid.
       layout: None for blocks of neighbouring tokens; else blocks of whole columns of the grid, as
         the search for windows wants them, and one of the prefix tokens.
+      heads: how many heads of a block are worked on together, where a reduction is a sum over heads
+        and logits get no bias; None for all.
     """
 
     size: int
     layout: TokenLayout | None = None
+    heads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"a block needs at least one query, got {self.size}")
+        if self.size < 1 or (self.heads is not None and self.heads < 1):
+            raise ValueError(f"a block needs at least one query and one head, got {self}")
 
     def groups(self, tokens: int) -> tuple[Int[np.ndarray, "blocks M"], ...]:
         """Numbers of the tokens of each block; blocks of one group have the same size.
@@ -146,54 +156,28 @@ class Tiles:
             raise ValueError(f"a tile has two sides, powers of two from 16, got {self}")
 
 
-def suitable_blocks(
-    batch: int, heads: int, queries: int, keys: int, backward: bool = True
-) -> QueryBlocks | None:
-    """Blocks whose weights take about `WEIGHT_BYTES`; None where two blocks would do.
-
-    Without a backward pass, `FORWARD_BYTES`.
-    """
-    cpu = jax.default_backend() == "cpu"
-    most = (WEIGHT_BYTES if backward else FORWARD_BYTES) if cpu else ACCELERATOR_BYTES
+def suitable_blocks(batch: int, heads: int, queries: int, keys: int) -> QueryBlocks | None:
+    """Blocks whose weights take about `WEIGHT_BYTES`; None where two blocks would do."""
+    most = WEIGHT_BYTES if on_cpu() else ACCELERATOR_BYTES
     size = max(most // max(1, 4 * batch * heads * keys), SMALLEST_BLOCK)
     return None if 2 * size >= queries else QueryBlocks(size)
 
 
-def attention_logits(
-    query: Float[Array, "*B N H K"],
-    key: Float[Array, "*B M H K"],
-    bias: Float[Array, ...] | None = None,
-    mask: Bool[Array, ...] | None = None,
-) -> Float[Array, "*B H N M"]:
-    """`query · key` plus bias, masked entries at the type's lowest number; float32 or wider."""
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
-    # Heads to the front first: left to einsum, XLA's CPU multiplies strided matrices, and attention
-    # takes twice as long.
-    query, key = heads_first(query), heads_first(key)
-    logits = jnp.einsum("...hik,...hjk->...hij", query, key, preferred_element_type=dtype)
-    if bias is not None:
-        logits = logits + bias.astype(dtype)
-    if mask is not None:
-        logits = jnp.where(mask, logits, jnp.finfo(dtype).min)
-    return logits
+def blocks_over_heads(
+    batch: int, heads: int, queries: int, keys: int, maps: bool = True
+) -> QueryBlocks:
+    """Blocks of queries of a few heads.
 
-
-def _softmax_parts(
-    logits: Float[Array, "*B H N M"], mask: Bool[Array, ...] | None = None
-) -> tuple[Float[Array, "*B H N M"], Float[Array, "*B H N 1"]]:
-    """Exponentials of the logits, the largest of a row 1, and what each row is to be multiplied by.
-
-    Their product is the softmax over keys; a row with every key masked is 0 instead of uniform or
-    NaN.
+    At most half of the heads, so that less is held than of all; as many as take `HEAD_BYTES`, or
+    `WEIGHT_BYTES` where no maps are made, which hold several arrays of that size.
     """
-    largest = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    exponentials = jnp.exp(logits - largest)
-    if mask is None:
-        return exponentials, 1 / jnp.sum(exponentials, axis=-1, keepdims=True)
-    # Zeroing masked keys once more matters in rows that mask all of them.
-    exponentials = jnp.where(mask, exponentials, 0)
-    total = jnp.sum(exponentials, axis=-1, keepdims=True)
-    return exponentials, jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
+    blocks = suitable_blocks(batch, 1, queries, keys) or QueryBlocks(queries)
+    of_head = 4 * batch * keys * min(blocks.size, queries)
+    most = (HEAD_BYTES if maps else WEIGHT_BYTES) // max(1, of_head)
+    at_a_time = max(
+        n for n in range(1, max(2, heads // 2 + 1)) if heads % n == 0 and n <= max(1, most)
+    )
+    return dataclasses.replace(blocks, heads=at_a_time)
 
 
 def explicit_attention(
@@ -217,8 +201,8 @@ def explicit_attention(
         made = {name: getattr(one, name) for name in ("logits", "weights", "output")}
         made = {name: array.reshape(*batch, *array.shape) for name, array in made.items()}
         return one._replace(query=query, key=key, values=value, **made)
-    logits = attention_logits(query, key, bias, mask)
-    exponentials, share = _softmax_parts(logits, mask)
+    logits = attention_logits(heads_first(query), heads_first(key), bias, mask)
+    exponentials, share = softmax_parts(logits, mask)
     weights = exponentials * share
     factors = exponentials if scale_output else weights
     each = jnp.einsum(
@@ -255,13 +239,26 @@ def attend_in_blocks(
       The output, and what `reduce` gave for all queries, in the order of tokens.
     """
     query, key, value, bias, mask, out_kernel = inputs
-    tokens, axis = query.shape[-3], query.ndim - 3
+    tokens = key.shape[-3]
+    if over_heads(blocks, reduce, bias) and output_grad is None and output is None:
+
+        def of_heads(rows: tuple[Any, ...], queries: Any, prefix: bool) -> dict[str, Any]:
+            some = (rows[0], key, value, rows_of(mask, queries, tokens), out_kernel)
+            of_head = reduce.of_head if isinstance(reduce, OverHeads) else None
+            attended, totals = attend_over_heads(some, blocks.heads or 1, of_head)
+            if not isinstance(reduce, OverHeads):
+                return {_OUTPUT: attended}
+            heads = query.shape[-2]
+            return {_OUTPUT: attended, **reduce.finish(totals, heads, queries, prefix)}
+
+        found = over_blocks(of_heads, blocks, query)
+        return found.pop(_OUTPUT), found
     # Transposed here once, and back in each block, where that cancels.
     key, value = heads_first(key), heads_first(value)
 
     def block(rows: tuple[Any, ...], queries: Any, prefix: bool) -> dict[str, Any]:
         q, g, o = rows
-        masks = rows_of(bias, queries, key.shape[-2]), rows_of(mask, queries, key.shape[-2])
+        masks = rows_of(bias, queries, tokens), rows_of(mask, queries, tokens)
         sides = heads_first(key), heads_first(value)
         attended = explicit_attention(q, *sides, *masks, out_kernel, scale_output=True)
         attended = attended._replace(queries=queries, prefix=prefix)
@@ -271,23 +268,55 @@ def attend_in_blocks(
         found = reduce(*arguments) if reduce else {}
         return found if o is not None else {_OUTPUT: attended.output, **found}
 
-    # A block may repeat queries: one of their gradients is 0, so that sums have it once.
+    # Without this, a derivative would keep the weights of all blocks.
+    step = jax.checkpoint(block, prevent_cse=False, static_argnums=(2,))
+    found = over_blocks(step, blocks, query, output_grad, output)
+    return found.pop(_OUTPUT) if output is None else output, found
+
+
+def over_heads(blocks: QueryBlocks, reduce: Any, bias: Any) -> bool:
+    """Whether blocks can be worked on a few heads at a time, as they ask for."""
+    sums = reduce is None or isinstance(reduce, OverHeads)
+    return blocks.heads is not None and sums and bias is None
+
+
+def over_blocks(
+    block: Callable[..., dict[str, Any]],
+    blocks: QueryBlocks,
+    query: Float[Array, "*B N H K"],
+    output_grad: Float[Array, "*B N H K"] | None = None,
+    output: Float[Array, "*B N H K"] | None = None,
+) -> dict[str, Array]:
+    """What a function of a block gives, for all queries in the order of tokens, or added up.
+
+    Args:
+      block: of rows of query, gradient and output, the numbers of their tokens, and whether these
+        are the prefix tokens.
+      blocks: which queries are worked on together.
+      query: of all.
+      output_grad: of all; a block may repeat queries, and one of their gradients is then 0.
+      output: of all.
+    """
+    tokens, axis = query.shape[-3], query.ndim - 3
+    rows = query, output_grad, output
+    if blocks.layout is None and blocks.size >= tokens:
+        found = block(rows, np.arange(tokens), False)
+        return {n: one.total if isinstance(one, Summed) else one for n, one in found.items()}
     once = output_grad is not None
-    places, found = [Places.of(numbers) for numbers in blocks.groups(tokens)], []
+    places, parts = [Places.of(numbers) for numbers in blocks.groups(tokens)], []
     for place in places:
         prefix = len(places) > 1 and place is places[0]
 
         def one(xs: Any, prefix: bool = prefix) -> dict[str, Any]:
-            # Without this, a derivative would keep the weights of all blocks.
-            step = jax.checkpoint(block, prevent_cse=False, static_argnums=(2,))
-            return step(*xs, prefix)
+            return block(*xs, prefix)
 
-        numbers = place.numbers
-        rows = pick(query, numbers, axis), pick(output_grad, numbers, axis, once)
-        xs = ((*rows, pick(output, numbers, axis)), numbers)
-        found.append(map_blocks(one, xs, place, axis, query, once))
-    joined = join(found, places, axis)
-    return joined.pop(_OUTPUT) if output is None else output, joined
+        # A block may repeat queries: one of their gradients is 0, so that sums have it once.
+        zeroed = (False, True, False)
+        picked = tuple(
+            pick(row, place.numbers, axis, zero) for row, zero in zip(rows, zeroed, strict=True)
+        )
+        parts.append(map_blocks(one, (picked, place.numbers), place, axis, query, once))
+    return join(parts, places, axis)
 
 
 def rows_of(whole: Any, queries: Any, tokens: int) -> Array | None:
@@ -297,16 +326,6 @@ def rows_of(whole: Any, queries: Any, tokens: int) -> Array | None:
     if whole is None or whole.shape[-2] == 1:
         return whole
     return jnp.take(whole, queries, axis=-2)
-
-
-def without_batch(*arrays: Array | None) -> list[Any]:
-    """Without leading axes before the last three, all of size 1; see `is_single`."""
-    return [None if array is None else array.reshape(array.shape[-3:]) for array in arrays]
-
-
-def heads_first(array: Float[Array, "*B N H K"]) -> Float[Array, "*B H N K"]:
-    """Heads before tokens."""
-    return jnp.swapaxes(array, -3, -2)
 
 
 def attend_by(

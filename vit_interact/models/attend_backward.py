@@ -15,11 +15,13 @@ from vit_interact.models.attend import (
     Backward,
     QueryBlocks,
     attend_in_blocks,
-    heads_first,
+    over_blocks,
+    over_heads,
     rows_of,
-    without_batch,
 )
+from vit_interact.models.attend_heads import OverHeads, gradients_of_rows, gradients_over_heads
 from vit_interact.models.blocks import Summed
+from vit_interact.models.softmax import heads_first, without_batch
 
 _QUERY, _KEY, _VALUE, _BIAS = "dquery", "dkey", "dvalue", "dbias"
 
@@ -31,9 +33,6 @@ def attention_gradients(
     bias: Float[Array, ...] | None = None,
 ) -> tuple[tuple[Array, Array, Array, Array | None], Backward]:
     """Derivatives of a score by query, key, value and bias, and what was made on the way.
-
-    As derived from the softmax, but `sum_j A_ij dA_ij` is `g_i · o_i` (Dao et al. 2022): a sum over
-    a head's channels and not over all keys.
 
     Args:
       attended: of all queries, or of some: those by key and value are then their part of a sum.
@@ -48,28 +47,15 @@ def attention_gradients(
         (*sides, _), made = attention_gradients(alone, *without_batch(output, grad))
         whole = [one.reshape(*batch, *one.shape) for one in (*sides, *made)]
         return (whole[0], whole[1], whole[2], None), Backward(*whole[3:])
-    g, value = heads_first(grad), heads_first(attended.values)
-    weights = attended.weights
-    slope = jnp.einsum("...ik,...jk->...ij", g, value, preferred_element_type=weights.dtype)
-    # In a narrow type, `g · o` would be as rough as `o` is.
-    wide = output.dtype == weights.dtype
-    along = (
-        jnp.swapaxes(jnp.sum(grad * output, axis=-1), -1, -2)
-        if wide
-        else jnp.sum(weights * slope, axis=-1)
-    )
-    dlogits = weights * (slope - along[..., None])
-    # Products in the type of the layer, as XLA would derive them.
-    narrow = dlogits.astype(value.dtype)
-    dquery = jnp.einsum("...ij,...jk->...ik", narrow, heads_first(attended.key))
-    dkey = jnp.einsum("...ij,...ik->...jk", narrow, heads_first(attended.query))
-    dvalue = jnp.einsum("...ij,...ik->...jk", weights.astype(g.dtype), g)
+    q, k, v = map(heads_first, (attended.query, attended.key, attended.values))
+    weights, g, o = attended.weights, heads_first(grad), heads_first(output)
+    gradients, dlogits, along = gradients_of_rows(weights, q, k, v, g, o)
     dbias = None
     if bias is not None:
         spread = jax.vjp(lambda bias: jnp.broadcast_to(bias, dlogits.shape), bias)[1]
         (dbias,) = spread(dlogits.astype(bias.dtype))
-    dquery, dkey, dvalue = (jnp.swapaxes(one, -3, -2) for one in (dquery, dkey, dvalue))
-    return (dquery, dkey, dvalue, dbias), Backward(dlogits, along)
+    dquery, dkey, dvalue = map(heads_first, gradients)  # and back
+    return (dquery, dkey, dvalue, dbias), Backward(dlogits, along.squeeze(-1))
 
 
 def gradients_in_blocks(
@@ -88,8 +74,20 @@ def gradients_in_blocks(
       output: of the layer.
       grad: derivative of the score by `output`.
     """
-    bias = inputs[3]
-    tokens = inputs[1].shape[-3]
+    query, key, value, bias, mask, out_kernel = inputs
+    tokens = key.shape[-3]
+    if over_heads(blocks, reduce, bias) and isinstance(reduce, OverHeads):
+
+        def of_heads(rows: tuple[Any, ...], queries: Any, prefix: bool) -> dict[str, Any]:
+            q, g, o = rows
+            some = (q, key, value, rows_of(mask, queries, tokens), out_kernel)
+            heads = blocks.heads or 1
+            (dq, dk, dv), totals = gradients_over_heads(some, o, g, heads, reduce.of_head)
+            found = reduce.finish(totals, query.shape[-2], queries, prefix)
+            return {_QUERY: dq, _KEY: Summed(dk), _VALUE: Summed(dv), **found}
+
+        found = over_blocks(of_heads, blocks, query, grad, output)
+        return (found.pop(_QUERY), found.pop(_KEY), found.pop(_VALUE), None), found
     leaves, form = jax.tree.flatten(bias)
 
     def both(attended: Attended, g: Array) -> dict[str, Any]:

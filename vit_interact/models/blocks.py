@@ -87,6 +87,7 @@ def map_blocks(
     if repeated and not once and any(isinstance(one, Summed) for one in made.values()):
         raise ValueError("blocks that share queries cannot be added up")
     some = lax.stop_gradient(like[(0,) * like.ndim]) if like.size else jnp.zeros((), like.dtype)
+    some = jnp.where(jnp.isfinite(some), some, 0)
 
     def begin(one: Any) -> Any:
         if isinstance(one, Summed):

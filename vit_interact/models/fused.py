@@ -15,10 +15,12 @@ from jaxtyping import Array, Bool, Float
 from vit_interact.models.attend import (
     QueryBlocks,
     attend_in_blocks,
+    blocks_over_heads,
     explicit_attention,
     suitable_blocks,
 )
 from vit_interact.models.bias import SeparableBias
+from vit_interact.models.cpu import on_cpu
 
 
 def fused_attention(
@@ -115,7 +117,11 @@ def _plain_attention(
 ) -> Array:
     """The same output by products and softmax, in blocks where there are many tokens."""
     *batch, queries, heads, _ = query.shape
-    blocks = blocks or suitable_blocks(math.prod(batch), heads, queries, key.shape[-3])
+    if blocks is None:
+        shape = (math.prod(batch), heads, queries, key.shape[-3])
+        blocks = suitable_blocks(*shape)
+        if blocks is not None and bias is None and on_cpu():
+            blocks = blocks_over_heads(*shape, maps=False)
     if blocks is None:
         full = None if bias is None else bias.full(key.shape[-3])
         return explicit_attention(query, key, value, full, mask, scale_output=True).output

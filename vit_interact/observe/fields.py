@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,11 +10,13 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from vit_interact.interactions.fields import ResponsiveField
+from vit_interact.interactions.head_terms import Head
 from vit_interact.interactions.removal import impact_of_rows
 from vit_interact.interactions.streaming import Fields, fields_of_columns, fields_of_map
 from vit_interact.layout import TokenLayout
 from vit_interact.models.attend import Attended
 from vit_interact.models.blocks import Summed
+from vit_interact.observe.maps import Maps
 
 _IMPACT, _WINDOWS = "received_impact", "windows"
 
@@ -37,9 +38,9 @@ class FieldsOf:
     coverages: tuple[float, ...]
     several: bool
 
-    def reducing(self, indicators: Callable[..., dict[str, Array]]) -> Reducing:
+    def reducing(self, maps: Maps) -> Reducing:
         """A reduction of blocks (`Taps.blocks`) from one to rows of indicators."""
-        return Reducing(self, indicators)
+        return Reducing(self, maps)
 
     def shapes(self, names: tuple[str, ...], batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """What one layer gives for all queries, of a batch."""
@@ -70,28 +71,40 @@ class FieldsOf:
 
 @dataclasses.dataclass(frozen=True)
 class Reducing:
-    """Blocks of attention to fields; hashable like the partial function that it holds.
+    """Blocks of attention to fields; hashable as what it holds.
 
     Attributes:
       fields: what is made.
-      indicators: maps the arguments of a reduction to rows of indicators by name.
+      maps: of rows of indicators by name.
     """
 
     fields: FieldsOf
-    indicators: Callable[..., dict[str, Array]]
+    maps: Maps
 
     def __call__(self, attended: Attended, *g: Array) -> dict[str, Any]:
         """The part of one block of whole columns, or of the prefix tokens."""
+        return self._of_rows(self.maps(attended, *g), attended.queries, attended.prefix)
+
+    def of_head(self, head: Head) -> dict[str, Array]:
+        """What a head adds to rows."""
+        return self.maps.of_head(head)
+
+    def finish(
+        self, totals: dict[str, Array], heads: int, queries: Any, prefix: bool
+    ) -> dict[str, Any]:
+        """The same part from sums over heads."""
+        return self._of_rows(self.maps.finish(totals, heads), queries, prefix)
+
+    def _of_rows(self, maps: dict[str, Array], queries: Any, prefix: bool) -> dict[str, Any]:
         layout = self.fields.layout
         found: dict[str, Any] = {}
-        queries = attended.queries
         assert queries is not None
-        for name, rows in self.indicators(attended, *g).items():
+        for name, rows in maps.items():
             if name == "rollout":  # it mixes layers: its map is needed
                 found[name] = rows
                 continue
             found[f"{name}/{_IMPACT}"] = Summed(impact_of_rows(rows, queries, layout))
-            if attended.prefix:
+            if prefix:
                 continue
             windows, field = fields_of_columns(rows, queries, layout, self.fields.coverages)
             found[f"{name}/{_WINDOWS}"] = windows.astype(jnp.float32)

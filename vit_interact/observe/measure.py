@@ -12,19 +12,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vit_interact.interactions.indicators import (
-    INDICATORS,
-    NEEDS,
     Captures,
     check_name,
-    edge_of_logits,
-    gradient_of_logits,
     roll,
 )
 from vit_interact.interactions.streaming import Fields
-from vit_interact.models.attend import Attended, QueryBlocks, Tiles, Weightless
+from vit_interact.models.attend import Attended, QueryBlocks, Tiles
 from vit_interact.models.attention import Taps, output_gradient
 from vit_interact.models.vit import Images, Keep, LayerMask, ViT
 from vit_interact.observe.fields import FieldsOf
+from vit_interact.observe.maps import Maps, needs_backward
 from vit_interact.observe.probe import (
     Score,
     choose_layers,
@@ -106,8 +103,8 @@ def measure(
       mask: what may attend to what, as for our `ViT`: the model so restricted is measured.
       block: how many queries of a layer our `ViT` works on at a time. None chooses: all at once
         where that takes little memory, and blocks at high resolution, so that not even one layer's
-        `[B, H, N, N]` exists (docs/kernels.md); larger ones after `heap.keep_freed_memory()` for
-        maps without a backward pass. Other models work on all at once.
+        `[B, H, N, N]` exists; on a CPU of a head or two where indicators are sums over heads
+        (docs/kernels.md). Other models work on all at once.
       reduce: `"fields"` reduces each layer on the way to received impact, windows and responsive
         fields, and no map `[B, N, N]` exists either; only those of `rollout`, which mixes layers.
         For our `ViT` with all its patches.
@@ -139,12 +136,12 @@ def measure(
     several = isinstance(coverage, Sequence)
     coverages = tuple(coverage) if isinstance(coverage, Sequence) else (coverage,)
     layout = model.config.layout
-    blocks = query_blocks(model, images, None, block, small=True)
-    size = layout.num_patches if blocks is None else blocks.size
+    blocks = query_blocks(model, images, None, block, names)
+    size, heads = (layout.num_patches, None) if blocks is None else (blocks.size, blocks.heads)
     fields = FieldsOf(layout, coverages, several)
     found = _measure(
         model, params, images, classes, names, chosen, function, None, mask,
-        QueryBlocks(size, layout), fields,
+        QueryBlocks(size, layout, heads), fields,
     )[1]  # fmt: skip
     return {name: found[name] for name in names}
 
@@ -166,9 +163,8 @@ def measure_with_logits(
     if not isinstance(model, ViT) and (keep is not None or mask is not None):
         raise ValueError("keep and mask need vit_interact's ViT")
     keep = None if keep is None else jnp.asarray(keep)
-    small = any(map(_needs_backward, names))
     blocks: QueryBlocks | Tiles | None = tiles(model, names, mask, block, kernel)
-    blocks = blocks or query_blocks(model, images, keep, block, small)
+    blocks = blocks or query_blocks(model, images, keep, block, names)
     logits, maps = _measure(
         model, params, images, classes, names, chosen, function, keep, mask, blocks
     )
@@ -183,10 +179,6 @@ def _checked(
     for name in names:
         check_name(name)
     return names, choose_layers(model, params, images, layers), *make_score(score, images.shape[0])
-
-
-def _needs_backward(name: str) -> bool:
-    return "output_grad" in NEEDS[name]
 
 
 @functools.partial(
@@ -205,16 +197,13 @@ def _measure(
     blocks: QueryBlocks | Tiles | None,
     fields: FieldsOf | None = None,
 ) -> tuple[Array, dict[str, Any]]:
-    backward = tuple(name for name in names if _needs_backward(name))
+    backward = tuple(name for name in names if needs_backward(name))
     forward = tuple(name for name in names if name not in backward)
     # A rollout passes through every layer below the ones asked for.
     below = tuple(range(max(layers) + 1)) if "rollout" in names else layers
     reduce: Any
     reduce_grad: Any
-    reduce, reduce_grad = (
-        functools.partial(function, chosen) if chosen else None
-        for function, chosen in ((reduce_forward, forward), (reduce_backward, backward))
-    )
+    reduce, reduce_grad = (Maps(chosen) if chosen else None for chosen in (forward, backward))
     if fields is not None:
         reduce, reduce_grad = (f and fields.reducing(f) for f in (reduce, reduce_grad))
     taps = Taps(layers=below, reduce=reduce, reduce_grad=reduce_grad, blocks=blocks)
@@ -242,42 +231,6 @@ def _measure(
         if fields is not None:
             found[name] = fields.of_map(found[name])
     return probed.logits, found
-
-
-def reduce_forward(names: tuple[str, ...], attended: Attended | Weightless) -> dict[str, Any]:
-    """Forward indicators of one layer; `rollout` contributes the layer's mean attention."""
-    given = {name: "attention" if name == "rollout" else name for name in names}
-    if not isinstance(attended, Attended):
-        return {name: attended.later(source) for name, source in given.items()}
-    return {name: _evaluate(source, attended, None) for name, source in given.items()}
-
-
-def reduce_backward(
-    names: tuple[str, ...], attended: Attended | Weightless, g: Array
-) -> dict[str, Array]:
-    """Indicators of one layer that need the gradient of its output."""
-    return {name: _evaluate(name, attended, g) for name in names}
-
-
-def _evaluate(name: str, attended: Attended | Weightless, g: Array | None) -> Array:
-    if not isinstance(attended, Attended):
-        return attended.indicator(name, g)
-    made = attended.backward
-    if made is not None and name == "gradient":
-        return gradient_of_logits(attended.weights, made.logits, made.along)
-    if made is not None and name == "edge":
-        return edge_of_logits(attended.weights, made.logits)
-    tensors = {
-        "weights": attended.weights,
-        "values": attended.values,
-        "out_kernel": attended.out_kernel,
-        "output_grad": g,
-    }
-    for need in NEEDS[name]:
-        if tensors[need] is None:
-            raise ValueError(f"{name} needs {need}, which this model's attention does not expose")
-    more = {"output": attended.output} if name == "leave_one_out" else {}
-    return INDICATORS[name](*(tensors[need] for need in NEEDS[name]), **more)
 
 
 def _stack(layers: list[Any]) -> Array:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from vit_interact.heap import freed_memory_is_kept
-from vit_interact.models.attend import QueryBlocks, Tiles, suitable_blocks
+from vit_interact.interactions.head_terms import TERMS
+from vit_interact.models.attend import QueryBlocks, Tiles, blocks_over_heads, suitable_blocks
+from vit_interact.models.cpu import on_cpu
 from vit_interact.models.fused import cudnn_knows
 from vit_interact.models.vit import ViT
 
 _KERNELS_PAY = {"attention", "dispersion", "gradient", "edge", "rollout"}
 
 
+# On a CPU, what is faster or takes less memory with a few heads at a time: everything from so many
+# tokens on, and with fewer only this (docs/kernels.md).
+_MANY_TOKENS = 512
+_HEADS_PAY = {"leave_one_out"}
+
+
 def query_blocks(
-    model: Any, images: Any, keep: Any, block: int | None, small: bool
+    model: Any, images: Any, keep: Any, block: int | None, names: Sequence[str]
 ) -> QueryBlocks | None:
     """What `block` asks for; None to work on all queries of a layer at once."""
     if not isinstance(model, ViT):
@@ -26,11 +34,14 @@ def query_blocks(
         return None
     config = model.config
     tokens = config.layout.num_tokens if keep is None else config.prefix + keep.shape[1]
-    if block is None:
-        # Where memory is asked for again each time, its pages cost more than larger blocks gain.
-        small = small or not freed_memory_is_kept()
-        return suitable_blocks(images.shape[0], config.heads, tokens, tokens, backward=small)
-    return None if block >= tokens else QueryBlocks(block)
+    shape = (images.shape[0], config.heads, tokens, tokens)
+    whole = suitable_blocks(*shape) if block is None else QueryBlocks(block)
+    whole = None if whole is None or whole.size >= tokens else whole
+    sums = on_cpu() and config.windows is None and set(names) <= set(TERMS)
+    if not sums or (block is None and tokens < _MANY_TOKENS and not _HEADS_PAY & set(names)):
+        return whole
+    blocks = blocks_over_heads(*shape)
+    return blocks if block is None else dataclasses.replace(blocks, size=block)
 
 
 def tiles(

@@ -21,7 +21,7 @@ from vit_interact.layout import TokenLayout
 from vit_interact.models.attend import Attended
 from vit_interact.models.attention import Taps
 from vit_interact.models.vit import Images, ViT
-from vit_interact.observe.measure import reduce_backward, reduce_forward
+from vit_interact.observe.maps import Maps, needs_backward
 from vit_interact.observe.probe import class_score, probe
 
 BINS = 40
@@ -187,11 +187,11 @@ def observe(
       of all images. Gradients are of the predicted class.
     """
     names = tuple(design.indicators)
-    backward = tuple(name for name in names if "output_grad" in NEEDS[name])
+    backward = tuple(name for name in names if needs_backward(name))
     forward = tuple(name for name in names if name not in backward)
     taps = Taps(
         reduce=functools.partial(_reduce, forward, design.layout),
-        reduce_grad=functools.partial(reduce_backward, backward) if backward else None,
+        reduce_grad=Maps(backward) if backward else None,
     )
     tokens = design.layout.num_tokens
 
@@ -220,7 +220,7 @@ def _reduce(names: tuple[str, ...], layout: TokenLayout, attended: Attended) -> 
     far = np.linalg.norm(position[:, None] - position[None], axis=-1).astype(np.float32)
     total = rows.sum(axis=-1)
     distance = (rows * far).sum(axis=-1) / jnp.where(total > 0, total, jnp.nan)
-    return {**reduce_forward(names, attended), "distance": jnp.nanmean(distance, axis=-1)}
+    return {**Maps(names)(attended), "distance": jnp.nanmean(distance, axis=-1)}
 
 
 def kernel(

@@ -1,0 +1,201 @@
+"""Attention that makes the weights of few heads at a time, for XLA's CPU.
+
+Heads do not depend on one another, and most indicators are sums over them
+(`interactions/head_terms.py`). So `[M, N]` for a head or two is all that exists of the weights. In
+the memory that blocks of queries of all heads would take, there are many more queries to a block,
+and products of many rows are faster (docs/kernels.md).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from vit_interact.interactions.by_head import is_single
+from vit_interact.interactions.head_terms import Head
+from vit_interact.models.blocks import Places, Summed, map_blocks
+from vit_interact.models.softmax import attention_logits, softmax_parts, without_batch
+
+OfHead = Callable[[Head], dict[str, Array]]
+
+_OUTPUT, _SIDES = "output", ("dquery", "dkey", "dvalue")
+
+
+@runtime_checkable
+class OverHeads(Protocol):
+    """A reduction of attention that adds up what heads give."""
+
+    def of_head(self, head: Head) -> dict[str, Array]:
+        """What one head adds, or what each of a few along the first axis does: `[..., M, N]`."""
+        ...
+
+    def finish(
+        self, totals: dict[str, Array], heads: int, queries: Any, prefix: bool
+    ) -> dict[str, Any]:
+        """What the reduction gives, of the sums over all heads; queries as in `Attended`."""
+        ...
+
+
+def attend_over_heads(
+    inputs: tuple[Any, ...], at_a_time: int, of_head: OfHead | None = None
+) -> tuple[Float[Array, "*B M H K"], dict[str, Array]]:
+    """The output of some queries, and sums over heads.
+
+    Args:
+      inputs: `(query, key, value, mask, out_kernel)` as `attend.explicit_attention` takes them.
+      at_a_time: heads worked on together; it divides the number of heads.
+      of_head: what heads add; None for the output alone.
+    """
+    query, key, value, mask, out_kernel = inputs
+    if is_single(batch := query.shape[:-3]):
+        one = (*without_batch(query, key, value, mask), out_kernel)
+        return _with_batch(batch, attend_over_heads(one, at_a_time, of_head))
+    take = _Take(at_a_time, batch)
+
+    def some(first: Array) -> dict[str, Any]:
+        q, k, v = (take.heads(array, first) for array in (query, key, value))
+        rows = take.mask(mask, first)
+        exponentials, share = softmax_parts(attention_logits(q, k, None, rows), rows)
+        output = share * jnp.einsum(
+            "...ij,...jk->...ik",
+            exponentials.astype(v.dtype),
+            v,
+            preferred_element_type=exponentials.dtype,
+        )
+        found = {_OUTPUT: take.back(output.astype(v.dtype))}
+        if of_head is None:
+            return found
+        values = v.astype(exponentials.dtype)
+        head = Head(exponentials, share, values, output, take.kernel(out_kernel, first))
+        return found | take.sums(of_head(head))
+
+    found = _over_heads(some, query, at_a_time)
+    return found.pop(_OUTPUT), found
+
+
+def gradients_over_heads(
+    inputs: tuple[Any, ...],
+    output: Float[Array, "*B M H K"],
+    grad: Float[Array, "*B M H K"],
+    at_a_time: int,
+    of_head: OfHead,
+) -> tuple[tuple[Array, Array, Array], dict[str, Array]]:
+    """Derivatives of a score by query, key and value, and sums over heads.
+
+    As `attend_backward.attention_gradients`, which it is tested against.
+
+    Args:
+      inputs: as for `attend_over_heads`.
+      output: of the queries.
+      grad: derivative of the score by it.
+      at_a_time: as for `attend_over_heads`.
+      of_head: what heads add.
+    """
+    query, key, value, mask, out_kernel = inputs
+    if is_single(batch := query.shape[:-3]):
+        one = (*without_batch(query, key, value, mask), out_kernel)
+        out, g = without_batch(output, grad)
+        return _with_batch(batch, gradients_over_heads(one, out, g, at_a_time, of_head))
+    take = _Take(at_a_time, batch)
+
+    def some(first: Array) -> dict[str, Any]:
+        q, k, v, o, g = (take.heads(array, first) for array in (query, key, value, output, grad))
+        rows = take.mask(mask, first)
+        exponentials, share = softmax_parts(attention_logits(q, k, None, rows), rows)
+        wide = exponentials.dtype
+        weights = exponentials * share
+        sides, logit_grad, along = gradients_of_rows(weights, q, k, v, g, o)
+        values, o = v.astype(wide), o.astype(wide)
+        kernel = take.kernel(out_kernel, first)
+        head = Head(exponentials, share, values, o, kernel, logit_grad, along)
+        made = {name: take.back(side) for name, side in zip(_SIDES, sides, strict=True)}
+        return made | take.sums(of_head(head))
+
+    found = _over_heads(some, query, at_a_time)
+    dquery, dkey, dvalue = (found.pop(name) for name in _SIDES)
+    return (dquery, dkey, dvalue), found
+
+
+def gradients_of_rows(
+    weights: Float[Array, "*heads M N"],
+    query: Float[Array, "*heads M K"],
+    key: Float[Array, "*heads N K"],
+    value: Float[Array, "*heads N K"],
+    grad: Float[Array, "*heads M K"],
+    output: Float[Array, "*heads M K"],
+) -> tuple[tuple[Array, Array, Array], Float[Array, "*heads M N"], Float[Array, "*heads M 1"]]:
+    """Derivatives by query, key and value, by the logits, and `g · o` of each query.
+
+    As derived from the softmax, but `sum_j A_ij dA_ij` is `g_i · o_i` (Dao et al. 2022): a sum over
+    a head's channels and not over all keys.
+    """
+    slope = jnp.einsum("...ik,...jk->...ij", grad, value, preferred_element_type=weights.dtype)
+    # In a narrow type, `g · o` would be as rough as `o` is.
+    wide = output.dtype == weights.dtype
+    along = jnp.sum(grad * output if wide else weights * slope, axis=-1, keepdims=True)
+    dlogits = weights * (slope - along)
+    # Products in the type of the layer, as XLA would derive them.
+    narrow = dlogits.astype(value.dtype)
+    dquery = jnp.einsum("...ij,...jk->...ik", narrow, key)
+    dkey = jnp.einsum("...ij,...ik->...jk", narrow, query)
+    dvalue = jnp.einsum("...ij,...ik->...jk", weights.astype(grad.dtype), grad)
+    return (dquery, dkey, dvalue), dlogits, along
+
+
+def _over_heads(
+    some: Callable[[Array], dict[str, Any]], query: Array, at_a_time: int
+) -> dict[str, Any]:
+    """Runs `some` from each first head on, and puts heads side by side or adds them up."""
+    heads = query.shape[-2]
+    places = Places.of(np.arange(heads).reshape(-1, at_a_time))
+    # Without this, a derivative would keep the weights of all heads.
+    step = jax.checkpoint(some, prevent_cse=False)
+    first = jnp.arange(0, heads, at_a_time)
+    found = map_blocks(step, first, places, query.ndim - 2, query)
+    return {n: one.total if isinstance(one, Summed) else one for n, one in found.items()}
+
+
+def _with_batch(batch: tuple[int, ...], tree: Any) -> Any:
+    return jax.tree.map(lambda array: array.reshape(*batch, *array.shape), tree)
+
+
+class _Take:
+    """Picks heads out of arrays: one without its axis, several with it in front."""
+
+    def __init__(self, count: int, batch: tuple[int, ...]) -> None:
+        self.count, self.batch = count, batch
+
+    def _axis(self, array: Array, first: Array, axis: int) -> Array:
+        axis %= array.ndim
+        if self.count == 1:
+            return lax.dynamic_index_in_dim(array, first, axis, keepdims=False)
+        return jnp.moveaxis(lax.dynamic_slice_in_dim(array, first, self.count, axis), axis, 0)
+
+    def heads(self, array: Float[Array, "*B N H K"], first: Array) -> Float[Array, "*heads N K"]:
+        return self._axis(array, first, -2)
+
+    def mask(self, mask: Array | None, first: Array) -> Array | None:
+        if mask is None or mask.ndim < 3:
+            return mask
+        return mask.squeeze(-3) if mask.shape[-3] == 1 else self._axis(mask, first, -3)
+
+    def kernel(self, kernel: Array | None, first: Array) -> Array | None:
+        if kernel is None or self.count == 1:
+            return None if kernel is None else self._axis(kernel, first, 0)
+        picked = self._axis(kernel, first, 0)
+        return picked.reshape(self.count, *(1,) * len(self.batch), *kernel.shape[1:])
+
+    def back(self, array: Float[Array, "*heads N K"]) -> Float[Array, "*B N H K"]:
+        return jnp.expand_dims(array, -2) if self.count == 1 else jnp.moveaxis(array, 0, -2)
+
+    def sums(self, maps: dict[str, Array]) -> dict[str, Summed]:
+        if self.count == 1:
+            return {name: Summed(each) for name, each in maps.items()}
+        return {name: Summed(functools.reduce(jnp.add, each)) for name, each in maps.items()}
