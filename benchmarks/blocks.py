@@ -30,11 +30,9 @@ def main() -> None:
     parser.add_argument("--blocks", type=common.numbers, default=[115, 229, 457, 1370])
     parser.add_argument("--indicators", type=common.some_of(tuple(vx.INDICATORS)),
                         default=["attention", "leave_one_out", "edge"])  # fmt: skip
-    parser.add_argument("--give-back", action="store_true",
-                        help="memory is given back after each pass")  # fmt: skip
     options = parser.parse_args()
     fixed = {"dtype": "float32", "batch": 1, "layers": "all"}
-    report = common.Report("blocks", fixed, keep=not options.give_back)
+    report = common.Report("blocks", fixed)
     for name in options.models:
         for row in measure(name, options.blocks, options.indicators, options.repeats):
             report.add(model=name, **row)

@@ -235,18 +235,15 @@ class Report:
       fixed: settings that hold for every row, such as sizes and dtype.
       packages: whose versions matter beside those of jax and numpy.
       rows: flat dicts.
-      keep: whether the process keeps freed memory.
     """
 
     name: str
     fixed: Row
     packages: tuple[str, ...] = ()
     rows: list[Row] = dataclasses.field(default_factory=list)
-    keep: bool = True
 
     def __post_init__(self) -> None:
-        if self.keep:
-            keep_freed_memory()  # as our commands do; for peers, too
+        keep_freed_memory()  # as our commands do; for peers, too
         self.setting = setting(*self.packages)
 
     def add(self, **row: Any) -> None:
