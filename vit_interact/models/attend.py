@@ -240,16 +240,16 @@ def attend_in_blocks(
     """
     query, key, value, bias, mask, out_kernel = inputs
     tokens = key.shape[-3]
-    if over_heads(blocks, reduce, bias) and output_grad is None and output is None:
+    sums = reduce if isinstance(reduce, OverHeads) else None
+    forward = output_grad is None and output is None
+    if forward and heads_apart(blocks, bias) and (sums or reduce is None):
 
         def of_heads(rows: tuple[Any, ...], queries: Any, prefix: bool) -> dict[str, Any]:
             some = (rows[0], key, value, rows_of(mask, queries, tokens), out_kernel)
-            of_head = reduce.of_head if isinstance(reduce, OverHeads) else None
-            attended, totals = attend_over_heads(some, blocks.heads or 1, of_head)
-            if not isinstance(reduce, OverHeads):
-                return {_OUTPUT: attended}
-            heads = query.shape[-2]
-            return {_OUTPUT: attended, **reduce.finish(totals, heads, queries, prefix)}
+            made, totals = attend_over_heads(some, blocks.heads or 1, sums and sums.of_head)
+            if sums is not None:
+                totals = sums.finish(totals, query.shape[-2], queries, prefix)
+            return {_OUTPUT: made, **totals}
 
         found = over_blocks(of_heads, blocks, query)
         return found.pop(_OUTPUT), found
@@ -274,10 +274,9 @@ def attend_in_blocks(
     return found.pop(_OUTPUT) if output is None else output, found
 
 
-def over_heads(blocks: QueryBlocks, reduce: Any, bias: Any) -> bool:
-    """Whether blocks can be worked on a few heads at a time, as they ask for."""
-    sums = reduce is None or isinstance(reduce, OverHeads)
-    return blocks.heads is not None and sums and bias is None
+def heads_apart(blocks: QueryBlocks, bias: Any) -> bool:
+    """Whether a sum over heads gets a few at a time."""
+    return blocks.heads is not None and bias is None
 
 
 def over_blocks(
@@ -311,11 +310,9 @@ def over_blocks(
             return block(*xs, prefix)
 
         # A block may repeat queries: one of their gradients is 0, so that sums have it once.
-        zeroed = (False, True, False)
-        picked = tuple(
-            pick(row, place.numbers, axis, zero) for row, zero in zip(rows, zeroed, strict=True)
-        )
-        parts.append(map_blocks(one, (picked, place.numbers), place, axis, query, once))
+        numbers = place.numbers
+        q, g, o = (pick(row, numbers, axis, row is output_grad) for row in rows)
+        parts.append(map_blocks(one, ((q, g, o), numbers), place, axis, query, once))
     return join(parts, places, axis)
 
 

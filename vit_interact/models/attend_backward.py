@@ -15,8 +15,8 @@ from vit_interact.models.attend import (
     Backward,
     QueryBlocks,
     attend_in_blocks,
+    heads_apart,
     over_blocks,
-    over_heads,
     rows_of,
 )
 from vit_interact.models.attend_heads import OverHeads, gradients_of_rows, gradients_over_heads
@@ -76,7 +76,7 @@ def gradients_in_blocks(
     """
     query, key, value, bias, mask, out_kernel = inputs
     tokens = key.shape[-3]
-    if over_heads(blocks, reduce, bias) and isinstance(reduce, OverHeads):
+    if heads_apart(blocks, bias) and isinstance(reduce, OverHeads):
 
         def of_heads(rows: tuple[Any, ...], queries: Any, prefix: bool) -> dict[str, Any]:
             q, g, o = rows

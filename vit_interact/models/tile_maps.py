@@ -2,7 +2,7 @@
 
 They are those of `interactions/indicators.py`. A row's largest key is always apart: the weights of
 the others are at most a half, so that `A/(1−A)` is exact, and what cutting the largest one changes
-comes from the others alone (`by_head.cut_dominant`).
+comes from the others alone (`head_terms.cut_dominant`).
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ def stack_maps(layers: Sequence[LaterMap]) -> Float[Array, "L *B M N"]:
 
 
 class _Cut(NamedTuple):
-    """Rows with their largest key apart (`by_head.cut_dominant`), float32.
+    """Rows with their largest key apart (`head_terms.cut_dominant`), float32.
 
     Attributes:
       rows: all columns of their statistics `[B, H, M, 3]`.
