@@ -28,7 +28,16 @@ PAGES, RESULTS = (DOCS / "benchmarks.md", DOCS / "kernels.md"), DOCS / "benchmar
 _AT_1024 = ["--image-size", "1024", "--batch", "1", "--depth", "2"]
 COMMANDS: dict[str, list[str]] = {
     "indicators": ["indicators", "--models", "vit_s16", "--batches", "1,8", "--memory"],
-    "indicators_518": ["indicators", "--models", "vit_s14@518", "--batches", "1", "--memory"],
+    "indicators_518": [
+        "indicators",
+        "--models",
+        "vit_s14@518",
+        "--batches",
+        "1",
+        "--repeats",
+        "15",
+        "--memory",
+    ],
     "indicators_b16": [
         "indicators",
         "--models",

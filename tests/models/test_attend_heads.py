@@ -155,10 +155,11 @@ def test_how_many_heads(monkeypatch):
 
     model, _, images = tiny()
 
-    def chosen(*names, block=None):
+    def chosen(*names, block=None, images=images[:1]):
         return query_blocks(model, images, None, block, names)
 
     assert chosen("attention") is None and chosen("leave_one_out", "value_norm") is None
+    assert chosen("leave_one_out", images=images) is None  # of several
     assert chosen("leave_one_out", "edge") == QueryBlocks(13, None, 1)
     assert chosen("leave_one_out", block=5) == QueryBlocks(5, None, 1)
     assert chosen("dispersion", block=5) == QueryBlocks(5)

@@ -18,8 +18,8 @@ from vit_interact.models.vit import ViT
 _KERNELS_PAY = {"attention", "dispersion", "gradient", "edge", "rollout"}
 
 
-# On a CPU, what is faster or takes less memory with a few heads at a time: everything from so many
-# tokens on, and with fewer only this (docs/kernels.md).
+# On a CPU a few heads at a time are faster, or as fast in less memory: everything from so many
+# tokens on, and with fewer only this, of one image (docs/kernels.md).
 _MANY_TOKENS = 512
 _HEADS_PAY = {"leave_one_out"}
 
@@ -38,7 +38,8 @@ def query_blocks(
     whole = suitable_blocks(*shape) if block is None else QueryBlocks(block)
     whole = None if whole is None or whole.size >= tokens else whole
     sums = on_cpu() and config.windows is None and set(names) <= set(TERMS)
-    if not sums or (block is None and tokens < _MANY_TOKENS and not _HEADS_PAY & set(names)):
+    pay = tokens >= _MANY_TOKENS or (images.shape[0] == 1 and _HEADS_PAY & set(names))
+    if not sums or (block is None and not pay):
         return whole
     blocks = blocks_over_heads(*shape)
     return blocks if block is None else dataclasses.replace(blocks, size=block)
