@@ -27,7 +27,16 @@ DOCS = Path(__file__).parents[1] / "docs"
 PAGES, RESULTS = (DOCS / "benchmarks.md", DOCS / "kernels.md"), DOCS / "benchmarks"
 _AT_1024 = ["--image-size", "1024", "--batch", "1", "--depth", "2"]
 COMMANDS: dict[str, list[str]] = {
-    "indicators": ["indicators", "--models", "vit_s16", "--batches", "1,8", "--memory"],
+    "indicators": [
+        "indicators",
+        "--models",
+        "vit_s16",
+        "--batches",
+        "1,8",
+        "--repeats",
+        "21",
+        "--memory",
+    ],
     "indicators_518": [
         "indicators",
         "--models",
