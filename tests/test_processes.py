@@ -18,6 +18,15 @@ def starts_deaf():
     return subprocess.run([sys.executable, "-c", DEAF], capture_output=True, text=True).stdout
 
 
+@pytest.fixture
+def interruptible():
+    """Python leaves Ctrl-C ignored where a shell started it so, as it does in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("by_a_thread", [False, True])
 def test_an_interrupt_waits_for_the_end(by_a_thread):
     """It is not lost, whether the main thread gets it or one that does not block it."""
