@@ -1,10 +1,14 @@
 """Attention in blocks of queries against attention all at once."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.models import layers
+from tests.models.layers import close
 from vit_interact import interactions as vx
 from vit_interact.interactions.indicators import edge_of_logits, gradient_of_logits
 from vit_interact.layout import TokenLayout
@@ -24,17 +28,7 @@ N, H, K = LAYOUT.num_tokens, 3, 5
 FORWARD = ("attention", "dispersion", "value_norm", "leave_one_out")
 
 
-def layer(seed=0, batch=(2,)):
-    """Query, key, value, output kernel and a gradient of the output; some keys dominate."""
-    keys = jax.random.split(jax.random.key(seed), 5)
-    q, k, v, g = (jax.random.normal(key, (*batch, N, H, K)) for key in keys[:4])
-    return 2 * q, k, v, jax.random.normal(keys[4], (H, K, 7)), g
-
-
-def close(found, expected, tolerance=1e-5):
-    expected = np.asarray(expected)
-    assert np.abs(expected).max() > 0
-    np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max(), rtol=0)
+layer = functools.partial(layers.layer, (N, H, K), 2)
 
 
 def forward(attended):

@@ -1,11 +1,15 @@
 """Attention of a few heads at a time against attention all at once."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.models import layers
 from tests.models.helpers import tiny
+from tests.models.layers import close
 from vit_interact import interactions as vx
 from vit_interact.interactions.head_terms import TERMS
 from vit_interact.layout import TokenLayout
@@ -27,18 +31,7 @@ BACKWARD = tuple(name for name in TERMS if needs_backward(name))
 FORWARD = tuple(name for name in TERMS if name not in BACKWARD)
 
 
-def layer(batch=(2,), dtype=jnp.float32):
-    """Query, key, value, output kernel and a gradient of the output; some keys dominate."""
-    keys = jax.random.split(jax.random.key(0), 5)
-    q, k, v, g = (jax.random.normal(key, (*batch, N, H, K), dtype) for key in keys[:4])
-    return 3 * q, k, v, jax.random.normal(keys[4], (H, K, 7), dtype), g
-
-
-def close(found, expected, tolerance=1e-5):
-    expected = np.asarray(expected, np.float32)
-    assert np.abs(expected).max() > 0
-    scale = tolerance * np.abs(expected).max()
-    np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=scale, rtol=0)
+layer = functools.partial(layers.layer, (N, H, K), 3)
 
 
 def make_mask(kind):

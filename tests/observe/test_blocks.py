@@ -120,7 +120,7 @@ def test_second_derivatives_of_blocks():
 
 
 @pytest.mark.parametrize(("name", "maps"), [("leave_one_out", 4), ("edge", 6)])
-def test_memory_at_1024_patches(name, maps):
+def test_memory_at_1024_patches(name, maps, monkeypatch):
     """Two layers of 6 heads: blocks take a few maps `[N, N]`, less than one layer's weights."""
     model, _, _ = tiny()
     sizes = dict(image_size=(128, 128), depth=2, heads=6, width=96)
@@ -140,9 +140,11 @@ def test_memory_at_1024_patches(name, maps):
     assert blocks < maps * one_map
     # XLA's fused attention does not count its weights: nowhere does the program have them.
     assert "6x1025x1025x" not in lowered(block=32).as_text()
-    # All queries take one head at a time, too.
+    # All queries take one head at a time, too; all heads at once is what they are held against.
     assert "6x1025x1025x" not in lowered(block=2000).as_text()
-    assert blocks < temporary(block=2000) < 2 * maps * one_map
+    with monkeypatch.context() as patch:
+        patch.setattr("vit_interact.observe.ways.TERMS", {})
+        assert 2 * blocks < temporary(block=2000)
     if name == "leave_one_out":
         # The search for windows of a grid of 32x32 takes most of it.
         assert temporary(block=32, reduce="fields") < maps * one_map
