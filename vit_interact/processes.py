@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
+def leave_interrupted() -> NoReturn:
+    """Ends this process at once: Python's own end crashes when JAX was interrupted coming in."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(INTERRUPTED)
 
 
 def end_with_parent() -> None:
@@ -16,6 +27,9 @@ def end_with_parent() -> None:
 
     Does nothing in a process that no other Python process has started.
     """
+    # Only here, as below: `vit-interact --help` needs no processes.
+    import multiprocessing
+
     parent = multiprocessing.parent_process()
     if parent is None:
         return

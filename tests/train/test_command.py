@@ -70,6 +70,29 @@ def test_help_has_examples():
     assert "--config=configs/" in found.stdout and "Ctrl-C" in found.stdout
 
 
+@pytest.mark.skipif(os.name == "nt", reason="signals of a terminal")
+@pytest.mark.parametrize("last", ["jax", "tensorstore"])  # with settings read, and much later
+def test_interrupted_while_it_comes_in_it_says_so_and_no_more(tmp_path, source, last):
+    # A shell ignores Ctrl-C for what it starts in the background, and this might be.
+    hook = f"""
+import signal, sys, runpy
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Interrupts:
+    def find_spec(self, name, *_):
+        if name == {last!r}:
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Interrupts())
+sys.argv = sys.argv[1:]
+runpy.run_module("vit_interact.train", run_name="__main__", alter_sys=True)
+"""
+    _, _, *given = command(tmp_path, source)
+    run = subprocess.run(
+        [sys.executable, "-c", hook, *given],
+        capture_output=True, text=True, cwd=ROOT, timeout=55, check=False,
+    )  # fmt: skip
+    assert run.returncode == 130 and "interrupted" in run.stderr and "Traceback" not in run.stderr
+
+
 @pytest.mark.slow
 def test_kills_change_nothing(tmp_path, source):
     flags = (

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import gc
-import os
-import sys
 from typing import Annotated
 
 import typer
 
-from vit_interact.cli import analyze, models, report, shell, statistics, verify
+from vit_interact.cli import analyze, models, report, statistics, verify
 from vit_interact.cli.shell import app
 from vit_interact.heap import keep_freed_memory
+from vit_interact.processes import INTERRUPTED, leave_interrupted
 
 __all__ = ["analyze", "app", "main", "models", "report", "statistics", "verify"]
 
@@ -25,12 +24,9 @@ def main() -> None:
     try:
         app()
     except SystemExit as end:
-        if end.code != shell.INTERRUPTED:
+        if end.code != INTERRUPTED:
             raise
-        # Python's own end crashes when JAX was interrupted while it came in.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(shell.INTERRUPTED)
+        leave_interrupted()
 
 
 def _version(asked: bool) -> bool:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from vit_interact.processes import INTERRUPTED
+
 if TYPE_CHECKING:
     from vit_interact.models.weights import Checkpoint
 
 DEFAULT_MODEL = "vit_s14_caltech101"
-# Exit code after Ctrl-C, as shells have it.
-INTERRUPTED = 130
 # Images that may take more than two seconds to open.
 _LONG = 1000
 

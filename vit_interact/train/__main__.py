@@ -20,6 +20,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from vit_interact.heap import keep_freed_memory
+from vit_interact.processes import leave_interrupted
 from vit_interact.train import config as defaults
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -62,8 +63,6 @@ def _main(argv: Sequence[str]) -> None:
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         _fail("too little memory; docs/launch.md says what to do, in which order")
-    except KeyboardInterrupt:
-        _fail("interrupted; the last checkpoint is kept: run it again to go on")
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -90,7 +89,11 @@ def main() -> None:
     """Runs the command line."""
     keep_freed_memory()
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(_main, flags_parser=_parse)
+    try:
+        app.run(_main, flags_parser=_parse)
+    except KeyboardInterrupt:
+        print("interrupted; the last checkpoint is kept: run it again to go on", file=sys.stderr)
+        leave_interrupted()
 
 
 if __name__ == "__main__":
