@@ -35,6 +35,7 @@ import numpy as np
 import vit_interact as vi
 from benchmarks import common
 from vit_interact import interactions as vx
+from vit_interact.models.cpu import compiler_options
 from vit_interact.models.vit import ViT
 
 # The cases of the targets, and those that end within minutes on two cores.
@@ -126,8 +127,9 @@ def _ours(
     model: ViT, params: Any, images: jax.Array, indicators: list[str], arguments: dict[str, Any]
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
     calls, memory = {}, {}
+    told = compiler_options(model, len(images))
     for name, function in programs(model, indicators, arguments).items():
-        compiled = jax.jit(function).lower(params, images).compile()
+        compiled = jax.jit(function, compiler_options=told).lower(params, images).compile()
         memory[name] = common.temporary_mib(compiled)
         calls[name] = functools.partial(compiled, params, images)
     return calls, memory

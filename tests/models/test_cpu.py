@@ -1,4 +1,6 @@
-"""Derivatives of the residual stream are made once, and are what they were."""
+"""What XLA's CPU compiler is told: derivatives made once, and whose products it takes."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +8,9 @@ import numpy as np
 import pytest
 
 import vit_interact as vi
+from tests.models.layers import close
 from vit_interact.models import cpu
-from vit_interact.models.cpu import computed_once
+from vit_interact.models.cpu import compiler_options, computed_once, jit
 
 
 def test_it_is_the_identity():
@@ -43,3 +46,61 @@ def test_other_devices_need_none_of_it(monkeypatch):
     monkeypatch.setattr(cpu, "on_cpu", lambda: False)
     text = str(jax.make_jaxpr(jax.grad(lambda x: computed_once(x).sum()))(jnp.ones(3)))
     assert "div" not in text
+
+
+@pytest.fixture(scope="module")
+def many_rows():
+    """A small model and images of 3 x 257 tokens."""
+    model = vi.create_model("vit_ti16", num_classes=5, image_size=64, patch_size=4, depth=2)
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(3, 64, 64, 3)), jnp.float32)
+    return model, model.init(jax.random.key(0), images[:1])["params"], images
+
+
+def test_products_are_chosen_by_tokens_and_type(many_rows, monkeypatch):
+    model, *_ = many_rows
+    monkeypatch.setattr(cpu, "on_cpu", lambda: True)
+    monkeypatch.setattr(cpu, "_known_here", lambda: True)
+    assert compiler_options(model, 3) and not compiler_options(model, 2)
+    half = dataclasses.replace(model.config, dtype="bfloat16")
+    assert not compiler_options(model.clone(config=half), 3)
+    assert not compiler_options(model.apply, 3)
+    long = vi.create_model("vit_ti16", image_size=384)  # 577 tokens
+    assert not compiler_options(long, 3)
+    monkeypatch.setattr(cpu, "on_cpu", lambda: False)
+    assert not compiler_options(model, 3)
+
+
+@pytest.mark.skipif(not cpu._known_here(), reason="this jaxlib does not know the option")
+def test_measure_is_the_same_with_other_products(many_rows, monkeypatch):
+    """And it can be traced and differentiated, which jax forbids programs that have options."""
+    model, params, images = many_rows
+    assert compiler_options(model, 3)
+
+    def maps(images):
+        return vi.measure(model, params, images, ("edge", "attention"))
+
+    own = maps(images)
+    within = [jax.jit(maps)(images), jax.jit(lambda: maps(images))()]
+    within.append(jax.tree.map(lambda x: x[0], jax.lax.map(maps, images[None])))
+    within.append(jax.tree.map(lambda x: x[0], jax.vmap(maps)(images[None])))
+    for found in within:
+        jax.tree.map(close, found, own)
+    spread = lambda images: maps(images)["attention"].var()  # noqa: E731
+    by_own = jax.grad(spread)(images)
+    monkeypatch.setattr(cpu, "compiler_options", lambda *_: {})
+    jax.tree.map(close, maps(images), own)
+    close(by_own, jax.grad(spread)(images))
+
+
+@pytest.mark.skipif(not cpu._known_here(), reason="this jaxlib does not know the option")
+def test_each_size_is_compiled_once(many_rows):
+    model, traced = many_rows[0], []
+
+    def double(x):
+        traced.append(x.shape)
+        return 2 * x
+
+    program = jit(double, batch=lambda x: (model, len(x)))
+    for count in (3, 3, 2, 2, 3):
+        np.testing.assert_array_equal(program(jnp.ones(count)), 2 * np.ones(count))
+    assert traced == [(3,), (2,)]

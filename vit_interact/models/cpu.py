@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+# Of YNNPACK, which XLA asks for products, too, this leaves sums and what they are made of.
+_OWN_PRODUCTS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+# Tokens of all images from which on these are faster, and tokens of one where they no longer are:
+# there attention takes over, one head at a time (docs/benchmarks.md).
+_MANY_ROWS, _MANY_TOKENS = 768, 512
 
 
 def on_cpu() -> bool:
@@ -31,3 +41,68 @@ def _computed_once_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[A
         return x, tangent
     one = jnp.where(x == jnp.finfo(x.dtype).max, 2, 1)
     return x, tangent / one.astype(tangent.dtype)
+
+
+def compiler_options(model: Any, images: int) -> dict[str, str]:
+    """`compiler_options` of `jax.jit` for a program that is mostly forward passes; {} for none.
+
+    XLA's CPU compiler leaves products to YNNPACK, whose time per row stays the same; that of its
+    own products falls with their number. `vi.measure` and our commands ask for them by themselves;
+    within a program of somebody else's, `jax.jit` there is to be told.
+
+    Args:
+      model: our `ViT`, of float32; {} for others.
+      images: in a batch.
+    """
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "layout") or jnp.dtype(config.dtype) != jnp.float32 or not on_cpu():
+        return {}
+    tokens = config.layout.num_tokens
+    many = tokens < _MANY_TOKENS and images * tokens >= _MANY_ROWS
+    return dict(_OWN_PRODUCTS) if many and _known_here() else {}
+
+
+@functools.cache
+def _known_here() -> bool:
+    """Whether this jaxlib takes the option; it is no promise of XLA's, and its default changes."""
+    if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 10):
+        return False  # not measured
+    try:
+        jax.jit(lambda: 0, compiler_options=_OWN_PRODUCTS).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+def jit(
+    function: Callable[..., Any], batch: Callable[..., tuple[Any, int]], **options: Any
+) -> Callable[..., Any]:
+    """`jax.jit` with the `compiler_options` that suit the arguments.
+
+    Within another program, whose options hold, or a derivative, it is `jax.jit`.
+
+    Args:
+      function: to compile.
+      batch: model and number of images, from its arguments.
+      options: of `jax.jit`.
+    """
+    plain = jax.jit(function, **options)
+
+    @functools.cache
+    def program(chosen: tuple[tuple[str, str], ...]) -> Callable[..., Any]:
+        return jax.jit(function, compiler_options=dict(chosen), **options)
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **named: Any) -> Any:
+        chosen = compiler_options(*batch(*arguments, **named))
+        if not chosen or _traced(arguments, named):
+            return plain(*arguments, **named)
+        return program(tuple(chosen.items()))(*arguments, **named)
+
+    return call
+
+
+def _traced(*arguments: Any) -> bool:
+    """Whether something is being traced: the arguments, or a program that this is a part of."""
+    leaves = [*jax.tree.leaves(arguments), jnp.zeros(())]
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)

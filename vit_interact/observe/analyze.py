@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from vit_interact.interactions import fields, indicators, removal, views, windows
 from vit_interact.interactions.boxes import clipped_boxes
 from vit_interact.layout import TokenLayout
+from vit_interact.models.cpu import jit
 from vit_interact.models.vit import Images, ViT
 from vit_interact.models.winft import predicted_distances, window_layers
 from vit_interact.observe.measure import measure_with_logits
@@ -159,7 +160,11 @@ def _combined_unit(name: str) -> str:
     return "share of the row" if name == "interaction" else "mean of layers"
 
 
-@functools.partial(jax.jit, static_argnames=("model", "names", "layers", "score", "layout"))
+@functools.partial(
+    jit,
+    batch=lambda model, params, images, *_: (model, images.shape[0]),
+    static_argnames=("model", "names", "layers", "score", "layout"),
+)
 def _analyze(
     model: Any,
     params: Any,

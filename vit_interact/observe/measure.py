@@ -19,6 +19,7 @@ from vit_interact.interactions.indicators import (
 from vit_interact.interactions.streaming import Fields
 from vit_interact.models.attend import Attended, QueryBlocks, Tiles
 from vit_interact.models.attention import Taps, output_gradient
+from vit_interact.models.cpu import jit
 from vit_interact.models.vit import Images, Keep, LayerMask, ViT
 from vit_interact.observe.fields import FieldsOf
 from vit_interact.observe.maps import Maps, needs_backward
@@ -182,7 +183,9 @@ def _checked(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "names", "layers", "score", "blocks", "fields")
+    jit,
+    batch=lambda model, params, images, *_: (model, images.shape[0]),
+    static_argnames=("model", "names", "layers", "score", "blocks", "fields"),
 )
 def _measure(
     model: Any,

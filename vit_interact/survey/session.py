@@ -20,6 +20,7 @@ from jaxtyping import Array
 
 from vit_interact.data.preprocess import Preprocess
 from vit_interact.data.sources import Example, read_batches
+from vit_interact.models.cpu import jit
 from vit_interact.models.vit import ViT
 from vit_interact.models.weights import Checkpoint
 from vit_interact.survey.quantities import Design, observe, pool
@@ -159,7 +160,11 @@ class Survey:
         return dataset
 
 
-@functools.partial(jax.jit, static_argnames=("design", "model", "preprocess", "mesh"))
+@functools.partial(
+    jit,
+    batch=lambda *arrays, model, **_: (model, arrays[-1].shape[0]),
+    static_argnames=("design", "model", "preprocess", "mesh"),
+)
 def _step(
     statistics: Any, params: Any, pictures: Array, real: Array,
     *, design: Design, model: ViT, preprocess: Preprocess, mesh: Mesh,

@@ -18,6 +18,7 @@ from vit_interact.data.preprocess import Preprocess
 from vit_interact.data.sources import Batch, Example, read_batches
 from vit_interact.interactions.views import patch_view
 from vit_interact.interactions.windows import smallest_windows
+from vit_interact.models.cpu import compiler_options
 from vit_interact.models.vit import ViT
 from vit_interact.verify import faithfulness, groups, removal, windows
 from vit_interact.verify.parts import WHOLE, Parts
@@ -225,7 +226,11 @@ class Programs:
             )
             return mapped(params, *arrays)
 
-        compiled = jax.jit(call, static_argnums=(len(ins) + 1,) if static else ())
+        compiled = jax.jit(
+            call,
+            static_argnums=(len(ins) + 1,) if static else (),
+            compiler_options=compiler_options(self.model, self.plan.batch_size // self.mesh.size),
+        )
         self.compiled.append(compiled)
         return lambda *arguments: compiled(self.params, *arguments)
 
