@@ -5,8 +5,9 @@
 
 Passes, float32: training the small ViT of configs/cifar10_cpu.py (`--batch` images) and ViT-Ti/16
 at 112 pixels (32 images), and ViT-S/16 forward at 224 pixels (8 images), as they are and with one
-thing taken away, by turns in one process; `ratio` is what then takes longer. Pieces are single
-operations, of the small ViT's sizes or of one image's attention, as they are and as they were.
+thing taken away, by turns in one process; `ratio` is what then takes longer. So are indicators of
+all layers of ViT-S/16, with YNNPACK's products in place of XLA's own. Pieces are single operations,
+of the small ViT's sizes or of one image's attention, as they are and as they were.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ import numpy as np
 
 import vit_interact as vi
 from benchmarks import common
+from benchmarks.indicators import FORWARD, programs
 from vit_interact.heap import keep_freed_memory
 from vit_interact.models import dense, vit
 from vit_interact.models.attend import explicit_attention
 from vit_interact.models.config import ViTConfig
+from vit_interact.models.cpu import compiler_options
 from vit_interact.models.dense import PatchEmbedding
 from vit_interact.models.vit import ViT
 
@@ -110,6 +113,24 @@ def _rows(times: dict[str, common.Times], first: str) -> list[common.Row]:
         }
         for name, own in times.items()
     ]
+
+
+def products(model: ViT, batch: int, repeats: int) -> list[common.Row]:
+    """Rows of measuring with XLA's own matrix products and with YNNPACK's; none if not told."""
+    pixels = np.random.default_rng(0).normal(size=(batch, *model.config.image_size, 3))
+    images, params = jnp.asarray(pixels, "float32"), common.random_params(model)
+    own, rows = compiler_options(model, batch), []
+    if not own:
+        return rows
+    measured = programs(model, ["attention", "leave_one_out", "gradient"], {})
+    for name in (FORWARD, "attention", "leave_one_out", "gradient"):
+        calls: dict[str, Callable[[], Any]] = {}
+        for way, options in {"as it is": own, "YNNPACK's products": {}}.items():
+            jitted = jax.jit(measured[name], compiler_options=options)
+            calls[way] = functools.partial(jitted.lower(params, images).compile(), params, images)
+        found = _rows(common.take_turns(calls, repeats), "as it is")
+        rows += [{"pass": f"ViT-S/16, {name}", "batch": batch, **row} for row in found]
+    return rows
 
 
 def pieces(batch: int, pixels: int, repeats: int) -> list[common.Row]:
@@ -213,6 +234,9 @@ def main() -> None:
     ):
         for row in measure(model, batch, training, options.repeats):
             report.add(**{"pass": name, "batch": batch, **row})
+    for batch in (4, 8):
+        for row in products(large, batch, options.repeats):
+            report.add(**row)
     for row in pieces(options.batch, options.pixels, options.repeats):
         report.add(**row)
     report.show(options.json)

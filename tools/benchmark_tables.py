@@ -58,6 +58,7 @@ COMMANDS: dict[str, list[str]] = {
     ],
     "indicators_32": ["indicators", "--models", "vit_s16", "--batches", "32", "--repeats", "3"],
     "blocks": ["blocks"],
+    "heads": ["heads"],
     "fields": ["fields"],
     "windows": ["windows"],
     "windows_attention": ["windows_attention"],

@@ -16,6 +16,7 @@ import vit_interact as vi
 from benchmarks import common
 from benchmarks.fields import plain
 from vit_interact.layout import TokenLayout
+from vit_interact.models import cpu
 
 ROOT = Path(__file__).parents[2]
 SETTING = {"benchmark", "command", "date", "device", "processor", "cores", "load_before",
@@ -86,12 +87,20 @@ def test_blocks(run, shallow):
 
 
 @pytest.mark.slow
+def test_heads(run):
+    rows = run("heads", "--sizes", "2x5x4,1x7x2", "--repeats", "1")
+    assert [row["at_a_time"] for row in rows] == [2, 1]
+    positive(rows, "forward", "cpu_forward", "leave_one_out", "edge", "cpu_gradient")
+
+
+@pytest.mark.slow
 def test_cpu(run, shallow):
     # Without LLVM's optimisations a convolution's derivative takes minutes an image at 224 pixels.
     rows = run("cpu", "--batch", "2", "--pixels", "16", "--repeats", "1")
     passes = [row for row in rows if "batch" in row]
-    assert len({row["what"] for row in passes}) == 6 and len(passes) == 18
-    assert len(rows) == 18 + 2 * 8
+    programs = 2 * 2 * 4 * cpu._known_here()
+    assert len({row["what"] for row in passes}) == 6 + cpu._known_here()
+    assert len(passes) == 18 + programs and len(rows) == len(passes) + 2 * 8
     positive(rows, "ms", "cpu_ms", "ratio", "cpu_ratio")
 
 
