@@ -13,6 +13,7 @@ surveys of 100 and of 1,000 images of a small model, each in a process of its ow
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import resource
 import subprocess
@@ -28,6 +29,7 @@ import numpy as np
 import vit_interact as vi
 from benchmarks import common
 from vit_interact.interactions.statistics import Statistics
+from vit_interact.models.cpu import compiler_options
 from vit_interact.survey import Design, observe, pool
 
 PARTS = ("survey", "update", "memory")
@@ -68,16 +70,18 @@ def survey_cost(name: str, batch: int, repeats: int) -> list[common.Row]:
     shape = (batch, *model.config.image_size, 3)
     images = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     real = jnp.ones(batch, bool)
+    # As a survey's own program, and the forward pass alike.
+    jit = functools.partial(jax.jit, compiler_options=compiler_options(model, batch))
 
     def step(design: Design) -> Any:
-        @jax.jit
+        @jit
         def call(statistics: Any, params: Any, images: jax.Array) -> Any:
             return pool(statistics, observe(design, model, params, images), real)
 
         empty = design.empty()
         return lambda: call(empty, params, images)
 
-    forward = jax.jit(lambda params, images: model.apply({"params": params}, images))
+    forward = jit(lambda params, images: model.apply({"params": params}, images))
     calls = {
         "forward": lambda: forward(params, images),
         "attention fields": step(Design.of(model, coverages=())),

@@ -71,7 +71,9 @@ def test_help_has_examples():
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of a terminal")
-@pytest.mark.parametrize("last", ["jax", "tensorstore"])  # with settings read, and much later
+@pytest.mark.parametrize(  # with settings read, and much later
+    "last", ["jax", pytest.param("tensorstore", marks=pytest.mark.slow)]
+)
 def test_interrupted_while_it_comes_in_it_says_so_and_no_more(tmp_path, source, last):
     # A shell ignores Ctrl-C for what it starts in the background, and this might be.
     hook = f"""
