@@ -48,11 +48,12 @@ def test_other_devices_need_none_of_it(monkeypatch):
     assert "div" not in text
 
 
-@pytest.fixture(scope="module")
-def many_rows():
-    """A small model and images of 3 x 257 tokens."""
-    model = vi.create_model("vit_ti16", num_classes=5, image_size=64, patch_size=4, depth=2)
-    images = jnp.asarray(np.random.default_rng(0).normal(size=(3, 64, 64, 3)), jnp.float32)
+@pytest.fixture
+def many_rows(monkeypatch):
+    """A small model and three images of 5 tokens, which are many here."""
+    monkeypatch.setattr(cpu, "_MANY_ROWS", 15)
+    model = vi.create_model("vit_ti16", num_classes=5, image_size=32, depth=1)
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(3, 32, 32, 3)), jnp.float32)
     return model, model.init(jax.random.key(0), images[:1])["params"], images
 
 

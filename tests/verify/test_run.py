@@ -193,6 +193,7 @@ def call(*arguments):
     return CliRunner().invoke(app, ["verify", *(str(a) for a in arguments)])
 
 
+@pytest.mark.slow
 def test_command(tmp_path, weights):
     data = photographs(tmp_path / "data", each=3)
     out = tmp_path / "out"
