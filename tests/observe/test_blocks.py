@@ -104,6 +104,7 @@ def test_indicators_share_the_backward_pass_of_their_layer(block, softmaxes):
     assert _count(run(params, images).jaxpr, "exp") == (softmaxes + 1) * model.config.depth
 
 
+@pytest.mark.slow
 def test_second_derivatives_of_blocks():
     """A loss on an indicator of gradients reaches the parameters as without blocks."""
     model, params, images = tiny()

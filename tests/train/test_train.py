@@ -179,7 +179,10 @@ def one_device(tmp_path_factory):
     [
         pytest.param({"sharding__strategy": "replicate"}, marks=pytest.mark.slow),
         pytest.param({"sharding__strategy": "fsdp"}, marks=pytest.mark.slow),
-        {"sharding__strategy": "tensor", "sharding__fsdp": 2, "sharding__model": 2},
+        pytest.param(
+            {"sharding__strategy": "tensor", "sharding__fsdp": 2, "sharding__model": 2},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             {"optimizer__accumulate": 2, "augment__where": "host"}, marks=pytest.mark.slow
         ),
