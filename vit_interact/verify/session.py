@@ -15,7 +15,7 @@ import jax
 from vit_interact.data.images import ImageError
 from vit_interact.data.sources import Example
 from vit_interact.models.weights import Checkpoint
-from vit_interact.verify import run
+from vit_interact.verify import run, timing
 from vit_interact.verify.parts import Parts, replace_text
 from vit_interact.verify.results import collect, to_csv
 from vit_interact.verify.subject import Subject
@@ -69,8 +69,8 @@ class Verification:
     def estimate(self) -> tuple[float, float]:
         """Seconds of one forward pass of an image, and seconds of all that is left to do."""
         plan = self.plan
-        batch = run.read_first(self.examples, self.checkpoint.preprocess, plan)
-        one = run.measure_pass(self.programs, batch)
+        batch = timing.read_first(self.examples, self.checkpoint.preprocess, plan)
+        one = timing.measure_pass(self.programs, batch)
         batches = range(-(-len(self.examples) // plan.batch_size))
         left = sum(
             plan.passes(*part, self.subject)
@@ -107,11 +107,11 @@ class Verification:
             **found,
         }
         plan = self.plan
-        first = run.read_first(self.examples, self.checkpoint.preprocess, plan)
+        first = timing.read_first(self.examples, self.checkpoint.preprocess, plan)
         if "windows" in plan.tests:
-            report["windows_speed"] = run.time_windows(self.programs, first)
+            report["windows_speed"] = timing.time_windows(self.programs, first)
         if "removal" in plan.tests and "drop" in plan.interventions:
-            report["drop_speed"] = run.time_drop(self.programs, first, plan.shares[-1])
+            report["drop_speed"] = timing.time_drop(self.programs, first, plan.shares[-1])
         from vit_interact.viz.verification import draw_verification
 
         replace_text(self.out / "verify.json", json.dumps(report, indent=1))
