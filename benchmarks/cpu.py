@@ -29,11 +29,12 @@ import vit_interact as vi
 from benchmarks import common
 from benchmarks.indicators import FORWARD, programs
 from vit_interact.heap import keep_freed_memory
-from vit_interact.models import dense, vit
+from vit_interact.models import dense, elementwise, vit
 from vit_interact.models.attend import explicit_attention
 from vit_interact.models.config import ViTConfig
 from vit_interact.models.cpu import compiler_options
 from vit_interact.models.dense import PatchEmbedding
+from vit_interact.models.elementwise import ACTIVATION_FUNCTIONS
 from vit_interact.models.vit import ViT
 
 SMALL = ViTConfig(
@@ -44,14 +45,16 @@ SMALL = ViTConfig(
 def _without() -> dict[str, list[AbstractContextManager[Any]]]:
     """By name, what takes one thing away while a program is traced."""
     axes = mock.patch.object(dense, "on_cpu", lambda: False)
-    erfc = mock.patch.dict(vit._ACTIVATIONS, gelu=lambda x: nn.gelu(x, approximate=False))
+    erfc = mock.patch.dict(ACTIVATION_FUNCTIONS, gelu=lambda x: nn.gelu(x, approximate=False))
     fused = mock.patch.object(vit, "computed_once", lambda x: x)
+    kept = mock.patch.object(elementwise, "on_cpu", lambda: False)
     return {
         "as it is": [],
         "tokens and heads in axes of their own": [axes],
         "GELU by erfc": [erfc],
         "residual stream's derivative in each layer again": [fused],
-        "without these three": [axes, erfc, fused],
+        "derivatives of GELU and LayerNorm as JAX makes them": [kept],
+        "without these four": [axes, erfc, fused, kept],
     }
 
 
@@ -156,7 +159,7 @@ def pieces(batch: int, pixels: int, repeats: int) -> list[common.Row]:
             ("tokens in two axes", of_kernel, tuple(two_axes)),
         ],
         "exact GELU": [
-            ("by erf", vit._ACTIVATIONS["gelu"], (gelu,)),
+            ("by erf", ACTIVATION_FUNCTIONS["gelu"], (gelu,)),
             ("by erfc", lambda x: nn.gelu(x, approximate=False), (gelu,)),
         ],
         "attention, 8 x 6 x 197": _attention(array, 8, 197),

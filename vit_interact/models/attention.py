@@ -37,6 +37,7 @@ from vit_interact.models.attend import (
 from vit_interact.models.attend_backward import attention_gradients, gradients_in_blocks
 from vit_interact.models.bias import SeparableBias
 from vit_interact.models.dense import Dense
+from vit_interact.models.elementwise import LayerNorm
 from vit_interact.models.fused import fused_attention
 
 KINDS = ("weights", "logits", "values", "output", "query", "key")
@@ -170,9 +171,7 @@ class MultiHeadDotProductAttention(nn.Module):
         query, key = project("query", inputs_q), project("key", inputs_kv)
         value = project("value", inputs_kv)
         if self.qk_norm:
-            norm = functools.partial(
-                nn.LayerNorm, epsilon=self.norm_eps, dtype=self.dtype, use_fast_variance=False
-            )
+            norm = functools.partial(LayerNorm, self.norm_eps, self.dtype)
             query, key = norm(name="query_norm")(query), norm(name="key_norm")(key)
         query = query * (head_dim**-0.5)
         mask = _with_heads(mask)

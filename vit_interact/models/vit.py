@@ -16,7 +16,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from vit_interact.models.attention import SINKS, MultiHeadDotProductAttention, Taps
@@ -24,6 +23,7 @@ from vit_interact.models.bias import SeparableBias
 from vit_interact.models.config import ViTConfig
 from vit_interact.models.cpu import computed_once
 from vit_interact.models.dense import Dense, PatchEmbedding
+from vit_interact.models.elementwise import ACTIVATION_FUNCTIONS, LayerNorm
 from vit_interact.models.winft import GivenWindows, WindowHead
 
 Images = Float[Array, "B h w 3"] | Float[np.ndarray, "B h w 3"]
@@ -32,27 +32,8 @@ LayerMask = Bool[Array, "..."] | Bool[np.ndarray, "..."] | Sequence[Any] | None
 LayerBias = SeparableBias | Sequence[SeparableBias | None] | None
 
 
-_ACTIVATIONS = {
-    # jax's own exact GELU takes erfc, which costs a CPU twice as much (docs/benchmarks.md).
-    "gelu": lambda x: x * (0.5 + 0.5 * lax.erf(x * 0.5**0.5)),
-    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
-    "gelu_quick": lambda x: x * nn.sigmoid(1.702 * x),
-}
-
-
-class _LayerNorm(nn.LayerNorm):
-    """Flax's. XLA's CPU takes four times as long for the derivative of one image's `[1, N, D]`."""
-
-    def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
-        alone = x.reshape(x.shape[1:]) if x.ndim > 2 and len(x) == 1 else x
-        return super().__call__(alone, mask=mask).reshape(x.shape)
-
-
-def _layer_norm(config: ViTConfig, name: str | None = None) -> nn.LayerNorm:
-    # The fast variance E[x²]−E[x]² loses digits where the mean is large, as in DINOv2.
-    return _LayerNorm(
-        epsilon=config.norm_eps, dtype=config.dtype, use_fast_variance=False, name=name
-    )
+def _layer_norm(config: ViTConfig, name: str | None = None) -> LayerNorm:
+    return LayerNorm(config.norm_eps, dtype=config.dtype, name=name)
 
 
 class MlpBlock(nn.Module):
@@ -70,7 +51,7 @@ class MlpBlock(nn.Module):
             gate, x = jnp.split(x, 2, axis=-1)
             x = nn.silu(gate) * x
         else:
-            x = _ACTIVATIONS[config.activation](x)
+            x = ACTIVATION_FUNCTIONS[config.activation](x)
         x = nn.Dropout(config.dropout)(x, deterministic=not train)
         return Dense(width, dtype=config.dtype, name="Dense_1")(x)
 

@@ -1,0 +1,87 @@
+"""GELU and LayerNorm are JAX's and Flax's, in value and derivative, with less kept on a CPU."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vit_interact as vi
+from tests.models.layers import close
+from vit_interact.models import elementwise
+from vit_interact.models.elementwise import LayerNorm, gelu, standardise
+
+
+@pytest.fixture(params=[True, False], ids=["cpu", "others"])
+def kind(request, monkeypatch):
+    monkeypatch.setattr(elementwise, "on_cpu", lambda: request.param)
+
+
+@pytest.mark.usefixtures("kind")
+def test_gelu():
+    plain = lambda x: nn.gelu(x, approximate=False)  # noqa: E731
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 40)) * 3, jnp.float32)
+    close(gelu(x), plain(x), 1e-6)
+    both = [jax.jvp(f, (x,), (jnp.cos(x),))[1] for f in (gelu, plain)]
+    close(*both, 1e-6)
+    squared = [jax.grad(lambda x, f=f: jnp.sum(f(x) ** 2)) for f in (gelu, plain)]
+    close(squared[0](x), squared[1](x), 1e-6)
+    close(jax.vmap(squared[0])(x), squared[1](x), 1e-6)
+    curved = [jax.grad(lambda x, f=f: jnp.sum(f(x) ** 2)) for f in squared]
+    close(curved[0](x), curved[1](x), 1e-5)
+    far = jnp.asarray([-1e30, -40.0, 0.0, 40.0, 1e30])
+    np.testing.assert_array_equal(jax.vmap(jax.grad(gelu))(far), [0, 0, 0.5, 1, 1])
+    half = x.astype(jnp.bfloat16)
+    slope = jax.grad(lambda x: jnp.sum(gelu(x).astype(jnp.float32)))(half)
+    assert gelu(half).dtype == slope.dtype == jnp.bfloat16
+    close(slope, jax.grad(lambda x: jnp.sum(plain(x)))(x), 2e-2)
+
+
+@pytest.mark.usefixtures("kind")
+@pytest.mark.parametrize("shape", [(2, 5, 16), (1, 5, 16), (5, 16), (2, 5, 3, 16)])
+def test_layer_norm(shape):
+    """With a mean far from 0, as in DINOv2: the variance must not be a difference of squares."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=shape) + 100, jnp.float32)
+    theirs = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False)
+    ours = LayerNorm(1e-5)
+    params = theirs.init(jax.random.key(0), x)
+    assert jax.tree.structure(ours.init(jax.random.key(0), x)) == jax.tree.structure(params)
+    params = jax.tree.map(lambda a: a + jnp.cos(jnp.arange(16.0)), params)
+
+    def made(layer):
+        loss = lambda params, x: jnp.sum(jnp.sin(layer.apply(params, x)))  # noqa: E731
+        slopes = jax.grad(loss, argnums=(0, 1))
+        curved = jax.grad(lambda x: jnp.sum(slopes(params, x)[1] ** 2))(x)
+        along = jax.jvp(lambda x: layer.apply(params, x), (x,), (jnp.cos(x),))[1]
+        return layer.apply(params, x), slopes(params, x), curved, along
+
+    for one, other in zip(*(jax.tree.leaves(made(layer)) for layer in (ours, theirs)), strict=True):
+        assert one.shape == other.shape
+        close(one, other, 1e-4)
+    half = LayerNorm(1e-5, jnp.bfloat16).apply(params, x.astype(jnp.bfloat16))
+    wanted = nn.LayerNorm(1e-5, jnp.bfloat16, use_fast_variance=False)
+    assert half.dtype == jnp.bfloat16
+    close(half, wanted.apply(params, x.astype(jnp.bfloat16)), 1e-2)
+
+
+def test_standardised_tokens_by_numpy():
+    x = np.random.default_rng(0).normal(size=(4, 8))
+    expected = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 0.1)
+    np.testing.assert_allclose(standardise(jnp.asarray(x), 0.1), expected, atol=1e-6)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of XLA's CPU compiler")
+def test_less_is_kept_for_the_backward_pass(monkeypatch):
+    """Of each layer's arrays, `erf` is the width of the MLP; without it go centred tokens."""
+    model = vi.create_model("vit_ti16", num_classes=5, image_size=64, depth=4)
+    images = jnp.zeros((8, 64, 64, 3))
+    params = jax.eval_shape(model.init, jax.random.key(0), images)
+
+    def kept():
+        loss = lambda params, images: model.apply(params, images).sum()  # noqa: E731
+        program = jax.jit(jax.grad(loss, argnums=1)).lower(params, images).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    ours = kept()
+    monkeypatch.setattr(elementwise, "on_cpu", lambda: False)
+    assert ours < 0.8 * kept()
