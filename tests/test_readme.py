@@ -4,6 +4,8 @@ import pathlib
 import re
 import shutil
 
+import pytest
+
 import vit_interact as vi
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
@@ -25,6 +27,7 @@ def test_pictures_and_links_are_there():
     assert [target for target in targets if not (README.parent / target).exists()] == []
 
 
+@pytest.mark.slow
 def test_statistics_example_runs():
     text = (README.parent / "docs" / "statistics.md").read_text("utf-8")
     store, survey = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -34,6 +37,7 @@ def test_statistics_example_runs():
     compile(store, "store", "exec")  # its names are those of tests/survey
 
 
+@pytest.mark.slow
 def test_verification_example_runs():
     text = (README.parent / "docs" / "verification.md").read_text("utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

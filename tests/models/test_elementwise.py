@@ -38,7 +38,7 @@ def test_gelu():
 
 
 @pytest.mark.usefixtures("kind")
-@pytest.mark.parametrize("shape", [(2, 5, 16), (1, 5, 16), (5, 16), (2, 5, 3, 16)])
+@pytest.mark.parametrize("shape", [(2, 5, 3, 16), (1, 5, 16), (5, 16)])
 def test_layer_norm(shape):
     """With a mean far from 0, as in DINOv2: the variance must not be a difference of squares."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape) + 100, jnp.float32)
@@ -48,14 +48,15 @@ def test_layer_norm(shape):
     assert jax.tree.structure(ours.init(jax.random.key(0), x)) == jax.tree.structure(params)
     params = jax.tree.map(lambda a: a + jnp.cos(jnp.arange(16.0)), params)
 
-    def made(layer):
+    def made(layer, params, x):
         loss = lambda params, x: jnp.sum(jnp.sin(layer.apply(params, x)))  # noqa: E731
         slopes = jax.grad(loss, argnums=(0, 1))
         curved = jax.grad(lambda x: jnp.sum(slopes(params, x)[1] ** 2))(x)
         along = jax.jvp(lambda x: layer.apply(params, x), (x,), (jnp.cos(x),))[1]
         return layer.apply(params, x), slopes(params, x), curved, along
 
-    for one, other in zip(*(jax.tree.leaves(made(layer)) for layer in (ours, theirs)), strict=True):
+    both = [jax.jit(made, static_argnums=0)(layer, params, x) for layer in (ours, theirs)]
+    for one, other in zip(*map(jax.tree.leaves, both), strict=True):
         assert one.shape == other.shape
         close(one, other, 1e-4)
     half = LayerNorm(1e-5, jnp.bfloat16).apply(params, x.astype(jnp.bfloat16))
@@ -73,7 +74,7 @@ def test_standardised_tokens_by_numpy():
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="of XLA's CPU compiler")
 def test_less_is_kept_for_the_backward_pass(monkeypatch):
     """Of each layer's arrays, `erf` is the width of the MLP; without it go centred tokens."""
-    model = vi.create_model("vit_ti16", num_classes=5, image_size=64, depth=4)
+    model = vi.create_model("vit_ti16", num_classes=5, image_size=64, depth=3)
     images = jnp.zeros((8, 64, 64, 3))
     params = jax.eval_shape(model.init, jax.random.key(0), images)
 
@@ -84,4 +85,4 @@ def test_less_is_kept_for_the_backward_pass(monkeypatch):
 
     ours = kept()
     monkeypatch.setattr(elementwise, "on_cpu", lambda: False)
-    assert ours < 0.8 * kept()
+    assert ours < 0.85 * kept()
