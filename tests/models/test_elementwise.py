@@ -9,7 +9,8 @@ import pytest
 import vit_interact as vi
 from tests.models.layers import close
 from vit_interact.models import elementwise
-from vit_interact.models.elementwise import LayerNorm, gelu, standardise
+from vit_interact.models.config import ACTIVATIONS
+from vit_interact.models.elementwise import ACTIVATION_FUNCTIONS, LayerNorm, standardise
 
 
 @pytest.fixture(params=[True, False], ids=["cpu", "others"])
@@ -18,23 +19,35 @@ def kind(request, monkeypatch):
 
 
 @pytest.mark.usefixtures("kind")
-def test_gelu():
-    plain = lambda x: nn.gelu(x, approximate=False)  # noqa: E731
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("gelu", lambda x: nn.gelu(x, approximate=False)),
+        ("gelu_tanh", nn.gelu),
+        ("gelu_quick", lambda x: x * nn.sigmoid(1.702 * x)),
+        ("silu", nn.silu),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_activations(name, plain):
+    ours = ACTIVATION_FUNCTIONS[name]
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 40)) * 3, jnp.float32)
-    close(gelu(x), plain(x), 1e-6)
-    both = [jax.jvp(f, (x,), (jnp.cos(x),))[1] for f in (gelu, plain)]
-    close(*both, 1e-6)
-    squared = [jax.grad(lambda x, f=f: jnp.sum(f(x) ** 2)) for f in (gelu, plain)]
-    close(squared[0](x), squared[1](x), 1e-6)
-    close(jax.vmap(squared[0])(x), squared[1](x), 1e-6)
-    curved = [jax.grad(lambda x, f=f: jnp.sum(f(x) ** 2)) for f in squared]
-    close(curved[0](x), curved[1](x), 1e-5)
-    far = jnp.asarray([-1e30, -40.0, 0.0, 40.0, 1e30])
-    np.testing.assert_array_equal(jax.vmap(jax.grad(gelu))(far), [0, 0, 0.5, 1, 1])
+
+    def made(f, x):
+        squared = jax.grad(lambda x: jnp.sum(f(x) ** 2))
+        curved = jax.grad(lambda x: jnp.sum(squared(x) ** 2))
+        along = jax.jvp(f, (x,), (jnp.cos(x),))[1]
+        return f(x), along, squared(x), jax.vmap(squared)(x), curved(x)
+
+    both = [jax.jit(made, static_argnums=0)(f, x) for f in (ours, plain)]
+    for one, other in zip(*both, strict=True):
+        close(one, other, 1e-4)
+    far = jnp.asarray([-1e4, -40.0, 0.0, 40.0, 1e4])
+    np.testing.assert_allclose(jax.vmap(jax.grad(ours))(far), [0, 0, 0.5, 1, 1], atol=1e-6)
     half = x.astype(jnp.bfloat16)
-    slope = jax.grad(lambda x: jnp.sum(gelu(x).astype(jnp.float32)))(half)
-    assert gelu(half).dtype == slope.dtype == jnp.bfloat16
-    close(slope, jax.grad(lambda x: jnp.sum(plain(x)))(x), 2e-2)
+    slope = jax.grad(lambda x: jnp.sum(ours(x).astype(jnp.float32)))(half)
+    assert ours(half).dtype == slope.dtype == jnp.bfloat16
+    close(slope, jax.grad(lambda x: jnp.sum(plain(x)))(x), 3e-2)
 
 
 @pytest.mark.usefixtures("kind")
@@ -72,9 +85,12 @@ def test_standardised_tokens_by_numpy():
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="of XLA's CPU compiler")
-def test_less_is_kept_for_the_backward_pass(monkeypatch):
-    """Of each layer's arrays, `erf` is the width of the MLP; without it go centred tokens."""
-    model = vi.create_model("vit_ti16", num_classes=5, image_size=64, depth=3)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_less_is_kept_for_the_backward_pass(activation, monkeypatch):
+    """Of a layer, `erf` or the like, as wide as the MLP, and tokens without their mean are gone."""
+    model = vi.create_model(
+        "vit_ti16", num_classes=5, image_size=64, depth=3, activation=activation
+    )
     images = jnp.zeros((8, 64, 64, 3))
     params = jax.eval_shape(model.init, jax.random.key(0), images)
 

@@ -18,35 +18,56 @@ from jaxtyping import Array, Float
 
 from vit_interact.models.cpu import on_cpu
 
-
-def _erf_gelu(x: Float[Array, ...]) -> Float[Array, ...]:
-    # jax's own exact GELU takes erfc, which costs a CPU twice as much (docs/benchmarks.md).
-    return x * (0.5 + 0.5 * lax.erf(x * 0.5**0.5))
+Elementwise = Callable[[Array], Array]
 
 
-@jax.custom_jvp
-def gelu(x: Float[Array, ...]) -> Float[Array, ...]:
-    """Exact GELU, `x` times the normal distribution's function (Hendrycks and Gimpel 2016)."""
-    return _erf_gelu(x)
+def _with_slope(value: Elementwise, slope: Elementwise) -> Elementwise:
+    """`value`, whose derivative on a CPU is `slope` and keeps its argument alone.
+
+    `slope` is not to repeat an expensive term of `value`: XLA would make it once and keep it.
+    """
+
+    @jax.custom_jvp
+    def function(x: Array) -> Array:
+        return value(x)
+
+    @function.defjvp
+    def along(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+        if not on_cpu():
+            return jax.jvp(value, primals, tangents)
+        (x,), (tangent,) = primals, tangents
+        return function(x), tangent * slope(x)
+
+    return function
 
 
-@gelu.defjvp
-def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    if not on_cpu():
-        return jax.jvp(_erf_gelu, primals, tangents)
-    (x,), (tangent,) = primals, tangents
-    # `erf` of the negated argument: were it the same as above, XLA would make it once and keep it.
-    below = 0.5 - 0.5 * lax.erf(x * -(0.5**0.5))
+def _erf_slope(x: Array) -> Array:
     density = jnp.exp(-0.5 * jnp.square(x)) * (0.5 / jnp.pi) ** 0.5
-    return gelu(x), tangent * (below + x * density)
+    return 0.5 - 0.5 * lax.erf(x * -(0.5**0.5)) + x * density
 
 
-ACTIVATION_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": gelu,
-    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
-    "gelu_quick": lambda x: x * nn.sigmoid(1.702 * x),
+def _tanh_slope(x: Array) -> Array:
+    factor, cubic = (2 / jnp.pi) ** 0.5, 0.044715
+    below = -jnp.tanh(x * -factor * (1 + cubic * jnp.square(x)))
+    rise = factor * (1 + 3 * cubic * jnp.square(x))
+    return 0.5 * (1 + below) + 0.5 * x * (1 - below) * (1 + below) * rise
+
+
+def _sigmoid_slope(x: Array, factor: float) -> Array:
+    above = nn.sigmoid(-factor * x)
+    return (1 - above) * (1 + factor * x * above)
+
+
+ACTIVATION_FUNCTIONS: dict[str, Elementwise] = {
+    # jax's own exact GELU takes erfc, which costs a CPU twice as much (docs/benchmarks.md).
+    "gelu": _with_slope(lambda x: x * (0.5 + 0.5 * lax.erf(x * 0.5**0.5)), _erf_slope),
+    "gelu_tanh": _with_slope(lambda x: nn.gelu(x, approximate=True), _tanh_slope),
+    "gelu_quick": _with_slope(
+        lambda x: x * nn.sigmoid(1.702 * x), lambda x: _sigmoid_slope(x, 1.702)
+    ),
+    "silu": _with_slope(nn.silu, lambda x: _sigmoid_slope(x, 1.0)),
 }
-"""By their names in `ViTConfig.activation`."""
+"""GELUs by their names in `ViTConfig.activation`, and what SwiGLU has."""
 
 
 def _standardised(x: Array, epsilon: float) -> tuple[Array, Array]:

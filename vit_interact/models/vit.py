@@ -49,7 +49,7 @@ class MlpBlock(nn.Module):
         x = Dense(hidden, dtype=config.dtype, name="Dense_0")(x)
         if config.swiglu:
             gate, x = jnp.split(x, 2, axis=-1)
-            x = nn.silu(gate) * x
+            x = ACTIVATION_FUNCTIONS["silu"](gate) * x
         else:
             x = ACTIVATION_FUNCTIONS[config.activation](x)
         x = nn.Dropout(config.dropout)(x, deterministic=not train)
