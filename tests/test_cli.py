@@ -114,7 +114,8 @@ def test_analyze_leaves_a_folder(tmp_path, weights):
     np.testing.assert_array_equal(dataset["prediction"], again["prediction"])
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 3])
 def test_figures_of_other_processes_are_the_same(tmp_path, weights, monkeypatch, count):
     import matplotlib.figure  # noqa: F401, or the first ones are drawn there, too
 

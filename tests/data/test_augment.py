@@ -209,6 +209,7 @@ def test_both_kinds_of_mixing_take_turns():
     assert 20 < sum(blended) < 60
 
 
+@pytest.mark.slow
 def test_a_sharded_batch_is_augmented_as_a_whole_one():
     plan = Augment(rand_augment=1, hue=0.1, brightness=0.2, erase=0.5, mixup=0.5, cutmix=0.5)
     pictures = np.stack([np.asarray(photograph(24, 24, seed=s)) for s in range(8)])

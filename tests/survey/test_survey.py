@@ -146,6 +146,7 @@ def test_devices_batches_and_padding_do_not_matter(tmp_path, checkpoint, example
     assert alone["attention_distance"].count.max() == len(examples)
 
 
+@pytest.mark.slow
 def test_a_killed_survey_goes_on_exactly(tmp_path, checkpoint, examples):
     whole = load_survey_of(survey(checkpoint, examples, tmp_path / "whole.zarr"))
 
@@ -177,6 +178,7 @@ def test_a_killed_survey_goes_on_exactly(tmp_path, checkpoint, examples):
         survey(checkpoint, examples, out, ("edge",), (0.5,), resume=True)
 
 
+@pytest.mark.slow
 def test_a_store_from_before_values_goes_on_without_them(tmp_path, checkpoint, examples):
     out = tmp_path / "old.zarr"
     design = Design.of(checkpoint.model, coverages=(), values=False)
