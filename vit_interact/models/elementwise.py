@@ -24,7 +24,8 @@ Elementwise = Callable[[Array], Array]
 def _with_slope(value: Elementwise, slope: Elementwise) -> Elementwise:
     """`value`, whose derivative on a CPU is `slope` and keeps its argument alone.
 
-    `slope` is not to repeat an expensive term of `value`: XLA would make it once and keep it.
+    `slope` is not to repeat an expensive term of `value`: XLA would make it once and keep it. So it
+    has `erf`, `tanh` and the sigmoid of the negated argument.
     """
 
     @jax.custom_jvp
@@ -120,8 +121,8 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalises each token."""
         width = x.shape[-1:]
-        scale = self.param("scale", nn.initializers.ones, width)
-        bias = self.param("bias", nn.initializers.zeros, width)
+        scale = self.param("scale", nn.initializers.ones, width, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, width, jnp.float32)
         # XLA's CPU takes four times as long for the derivative of one image's `[1, N, D]`.
         alone = x.reshape(x.shape[1:]) if x.ndim > 2 and len(x) == 1 else x
         wide = alone.astype(jnp.promote_types(x.dtype, jnp.float32))
