@@ -75,6 +75,13 @@ def test_help_has_examples(command):
     assert not command or "Example" in text
 
 
+def test_help_breaks_lines_where_the_terminal_ends(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = [line.strip() for line in run("analyze", "--help").output.splitlines()]
+    first = next(k for k, line in enumerate(lines) if line.startswith("The output folder"))
+    assert min(map(len, lines[first : first + 3])) > 65  # and none of one word
+
+
 def test_version_and_models():
     assert run("--version").output.split() == ["vit-interact", vi.__version__]
     rows = json.loads(run("models", "--json").output)

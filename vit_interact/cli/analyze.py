@@ -9,7 +9,7 @@ import typer
 
 from vit_interact.cli.shell import (
     DEFAULT_MODEL,
-    app,
+    command,
     load,
     names_of,
     one_line_errors,
@@ -52,11 +52,10 @@ def _parse_score(text: str, checkpoint: Checkpoint) -> str | int:
     )  # fmt: skip
 
 
-@app.command(
-    epilog="Examples:\n\n"
-    "vit-interact analyze cat.jpg dog.png\n\n"
-    "vit-interact analyze photos/ --model google/vit.safetensors --indicator edge --out cats\n\n"
-    "vit-interact analyze 'photos/**/*.jpg' --model hf:facebook/dinov2-small --layers 0,5,11"
+@command(
+    "vit-interact analyze cat.jpg dog.png",
+    "vit-interact analyze photos/ --model google/vit.safetensors --indicator edge --out cats",
+    "vit-interact analyze 'photos/**/*.jpg' --model hf:facebook/dinov2-small --layers 0,5,11",
 )
 def analyze(
     images: Annotated[list[str], typer.Argument(help="Files, folders or glob patterns.")],
@@ -198,7 +197,9 @@ def _say_left_out(dataset: Any, out: Path) -> None:
         )
 
 
-@app.command(epilog="Example:\n\nvit-interact demo --out demo")
+@command(
+    "vit-interact demo --out demo",
+)
 def demo(
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("vit-interact-demo"),
     limit: Annotated[int, typer.Option(help="Embedded photographs to analyse, 1 to 202.")] = 8,

@@ -7,10 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from vit_interact.cli.shell import DEFAULT_MODEL, app, load, one_line_errors
+from vit_interact.cli.shell import DEFAULT_MODEL, command, load, one_line_errors
 
 
-@app.command(epilog="Examples:\n\nvit-interact models\n\nvit-interact models --json")
+@command(
+    "vit-interact models",
+    "vit-interact models --json",
+)
 def models(
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -55,10 +58,9 @@ def models(
     print(f"weights that come with the package: {DEFAULT_MODEL}")
 
 
-@app.command(
-    epilog="Examples:\n\n"
-    "vit-interact convert ViT-B_16.npz vit_b16.safetensors\n\n"
-    "vit-interact convert hf:facebook/deit-small-patch16-224 deit.safetensors --dtype float16"
+@command(
+    "vit-interact convert ViT-B_16.npz vit_b16.safetensors",
+    "vit-interact convert hf:facebook/deit-small-patch16-224 deit.safetensors --dtype float16",
 )
 def convert(
     source: Annotated[str, typer.Argument(help="Anything that --model takes.")],

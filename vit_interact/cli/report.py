@@ -7,17 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vit_interact.cli.shell import app, one_line_errors, progress
+from vit_interact.cli.shell import command, one_line_errors, progress
 
 if TYPE_CHECKING:
     import xarray as xr
 
 
-@app.command(
-    epilog="Examples:\n\n"
-    "vit-interact report vit-interact-out/analysis.zarr --out report.html\n\n"
-    "vit-interact report out --images 'cats/*' --images dog.jpg --out animals.html\n\n"
-    "vit-interact report out --verify checked/verify.json --statistics stats.zarr --out all.html"
+@command(
+    "vit-interact report vit-interact-out/analysis.zarr --out report.html",
+    "vit-interact report out --images 'cats/*' --images dog.jpg --out animals.html",
+    "vit-interact report out --verify checked/verify.json --statistics stats.zarr --out all.html",
 )
 def report(
     analysis: Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -35,6 +36,21 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def command(*examples: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes a function a command, with its docstring and examples as its help.
+
+    The terminal breaks the docstring's lines: typer would break them where the source does as well.
+    """
+    title = "Example:" if len(examples) == 1 else "Examples:"
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        text = inspect.cleandoc(function.__doc__ or "").split("\n\n")
+        told = "\n\n".join(" ".join(paragraph.split()) for paragraph in text)
+        return app.command(help=told, epilog="\n\n".join((title, *examples)))(function)
+
+    return register
 
 
 def fail(message: object) -> NoReturn:

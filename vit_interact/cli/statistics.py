@@ -15,7 +15,7 @@ from vit_interact.cli.shell import (
     Limit,
     Model,
     Skip,
-    app,
+    command,
     load,
     names_of,
     numbers_of,
@@ -26,11 +26,10 @@ from vit_interact.cli.shell import (
 )
 
 
-@app.command(
-    epilog="Examples:\n\n"
-    "vit-interact statistics --limit 64 --out stats.zarr\n\n"
+@command(
+    "vit-interact statistics --limit 64 --out stats.zarr",
     "vit-interact statistics --model vit.safetensors --data imagenet/val --indicators "
-    "attention,leave_one_out --coverages none --out stats.zarr --resume"
+    "attention,leave_one_out --coverages none --out stats.zarr --resume",
 )
 def statistics(
     model: Model = DEFAULT_MODEL,
@@ -90,9 +89,8 @@ def statistics(
     print(f"{survey.done} images in {out}")
 
 
-@app.command(
-    "merge-statistics",
-    epilog="Example:\n\nvit-interact merge-statistics a.zarr b.zarr --out all.zarr",
+@command(
+    "vit-interact merge-statistics a.zarr b.zarr --out all.zarr",
 )
 def merge_statistics(
     stores: Annotated[list[Path], typer.Argument(help="Stores of the same model and options.")],

@@ -16,7 +16,7 @@ from vit_interact.cli.shell import (
     Model,
     Skip,
     among,
-    app,
+    command,
     load,
     names_of,
     numbers_of,
@@ -27,10 +27,9 @@ from vit_interact.cli.shell import (
 )
 
 
-@app.command(
-    epilog="Examples:\n\n"
-    "vit-interact verify --limit 16 --indicators leave_one_out,attention\n\n"
-    "vit-interact verify --model vit.safetensors --data imagenet/val --limit 500 --out checked"
+@command(
+    "vit-interact verify --limit 16 --indicators leave_one_out,attention",
+    "vit-interact verify --model vit.safetensors --data imagenet/val --limit 500 --out checked",
 )
 def verify(
     model: Model = DEFAULT_MODEL,

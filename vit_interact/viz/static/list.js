@@ -20,6 +20,9 @@ function labelAndScore({ label, score }) {
   return [label && `class: ${label}`, score !== null && `score: ${told(score)}`].filter(Boolean).join(", ");
 }
 
+// A path that is too long breaks after a folder first.
+const breakable = (path) => path.split("/").flatMap((part, k) => (k ? ["/", h("wbr"), part] : [part]));
+
 export function makeList(app) {
   const { meta } = app;
   const labels = [...new Set(meta.images.map((one) => one.label ?? one.guesses[0]?.[0]).filter(Boolean))];
@@ -34,7 +37,7 @@ export function makeList(app) {
     h("button", { type: "button", class: "item", onclick: () => app.set({ image: k, pins: [], patch: null }) },
       image.picture ? h("img", { src: image.picture, alt: "", loading: "lazy" }) : h("span", { class: "blank" }),
       h("span", { class: "words" },
-        h("span", { class: "name" }, image.name),
+        h("span", { class: "name" }, breakable(image.name)),
         h("span", { class: isWrong(image) ? "guess wrong" : "guess" },
           image.guesses.length ? `${image.guesses[0][0]}, ${percent(image.guesses[0][1])}` : "no classes"),
         labelAndScore(image) ? h("span", { class: "guess" }, labelAndScore(image)) : null))));
