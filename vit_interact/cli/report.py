@@ -56,7 +56,9 @@ def report(
         with progress("writing", len(kept), first="") as advance:
             report_page(pack, out, results, advance)
     size = out.stat().st_size / 1e6
-    print(f"wrote {out}: {len(kept)} images, {len(pack.indicators)} indicators, {size:.1f} MB")
+    counts = {"image": len(kept), "indicator": len(pack.indicators)}
+    told = (f"{count} {what}{'s' * (count != 1)}" for what, count in counts.items())
+    print(f"wrote {out}: {', '.join(told)}, {size:.1f} MB")
     if len(kept) < len(chosen):
         print(
             f"  {len(chosen) - len(kept)} images are left out to keep it under 80 MB; choose with "
