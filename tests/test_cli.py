@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import vit_interact as vi
 from tests.models.helpers import tiny
 from vit_interact.cli import app
+from vit_interact.cli.shell import progress
 from vit_interact.data.preprocess import Preprocess
 
 RUNNER = CliRunner()
@@ -80,6 +81,13 @@ def test_help_breaks_lines_where_the_terminal_ends(monkeypatch):
     lines = [line.strip() for line in run("analyze", "--help").output.splitlines()]
     first = next(k for k, line in enumerate(lines) if line.startswith("The output folder"))
     assert min(map(len, lines[first : first + 3])) > 65  # and none of one word
+
+
+def test_shares_of_an_image_add_up_to_it(capsys):
+    with progress("writing", 1, first="") as advance:
+        for _ in range(10):
+            advance(0.1)
+    assert "1/1" in capsys.readouterr().err
 
 
 def test_version_and_models():

@@ -96,10 +96,12 @@ def progress(
         TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what + first, total=total)
+        task, done = bar.add_task(what + first, total=total), 0.0
 
         def advance(images: float | int) -> None:
-            bar.update(task, advance=images, description=what if images else None)
+            nonlocal done
+            done = round(done + images, 6)  # shares of an image add up to less than it
+            bar.update(task, completed=done, description=what if images else None)
 
         yield advance
 
