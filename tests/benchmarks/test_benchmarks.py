@@ -99,8 +99,8 @@ def test_cpu(run, shallow):
     rows = run("cpu", "--batch", "2", "--pixels", "16", "--repeats", "1")
     passes = [row for row in rows if "batch" in row]
     programs = 2 * 2 * 4 * cpu._known_here()
-    assert len({row["what"] for row in passes}) == 6 + cpu._known_here()
-    assert len(passes) == 18 + programs and len(rows) == len(passes) + 2 * 8
+    assert len({row["what"] for row in passes}) == 7 + cpu._known_here()
+    assert len(passes) == 21 + programs and len(rows) == len(passes) + 2 * 8
     positive(rows, "ms", "cpu_ms", "ratio", "cpu_ratio")
 
 
