@@ -192,6 +192,7 @@ def draw_faithfulness(report: dict[str, Any]) -> Figure:
     _curve(masked, control, "share", "random edges", CONTROL, (0, (1, 1.5)), **how)
     masked.set_title("groups masked\nsolid: strongest, dashed: weakest")
     masked.set_xlabel("share of patch-to-patch edges, each layer")
+    masked.locator_params(axis="x", nbins=5)  # with three decimals, more touch each other
     masked.set_ylabel("change of the class's logit")
     redrawn.set_title("weights redrawn from the top\nwhat follows the truth changes")
     redrawn.set_xlabel("blocks redrawn")
