@@ -3,31 +3,34 @@
     python -m benchmarks.gpu [--json] [--no-peer] [--minutes 5] [--parts windows,training]
 
 One process of a few minutes, in bfloat16: XLA's and PyTorch's compilers for a GPU take most of a
-benchmark's time, so that programs of a part are traced first and compiled side by side. Then those
-of a group take turns. `ratio` is to the group's first row; `mfu` is the matrix products over the
-GPU's peak, as in `benchmarks.training`. PyTorch comes last, if the minutes are not over.
+benchmark's time, so that programs of a part are traced first and compiled side by side, without
+XLA's search for products in Triton, which takes minutes. Compiling tries kernels on the GPU, so
+that programs of a group take turns when all are ready. `ratio` is to the group's first row; `mfu`
+is the matrix products over the GPU's peak, as in `benchmarks.training`. PyTorch comes last, if the
+minutes are not over.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 
 import vit_interact as vi
 from benchmarks import common, indicators, training, windows_attention
+from benchmarks.cpu import AXES, DERIVATIVES, without
 from vit_interact.data.preprocess import Preprocess
 from vit_interact.layout import TokenLayout
-from vit_interact.models import cpu, dense
 from vit_interact.train.alongside import Alongside
 from vit_interact.train.inputs import EvalFeed, Inputs
 from vit_interact.train.sharding import make_mesh
@@ -43,7 +46,7 @@ _MODELS = (
     ("vit_s14@518", 16, ("attention", "leave_one_out", "edge")),
 )
 _TRAINED = (("vit_s16", 256), ("vit_b16", 256))
-_TOLD = "step, products and sums as on a CPU"
+_FLAG = "--xla_gpu_enable_triton_gemm=false"
 _PARTS = ("indicators", "windows", "training", "data")
 
 
@@ -86,10 +89,13 @@ class Group:
         self.compiled[what] = compiled
         self.calls[what] = lambda: call(compiled.result(), *arguments)
 
+    def finish(self) -> None:
+        """Waits until all is compiled."""
+        self.calls |= {what: self.calls[what]() for what in self.compiled}
+
     def measure(self, report: common.Report, repeats: int) -> None:
         """Adds a row for each program."""
-        calls = {w: call() if w in self.compiled else call for w, call in self.calls.items()}
-        self.calls, times = calls, common.take_turns(calls, repeats)
+        times = common.take_turns(self.calls, repeats)
         base, (peak, _) = next(iter(times.values())), peak_flops(1)
         for what, own in times.items():
             row: common.Row = {
@@ -113,7 +119,9 @@ def main() -> None:
     common.add_no_peer(parser)
     options = parser.parse_args()
     peer = common.has_peer(options)
-    report = common.Report("gpu", {"dtype": "bfloat16"}, ("flax", "torch", "transformers"))
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}"  # before jax's start
+    fixed = {"dtype": "bfloat16", "XLA": _FLAG}
+    report = common.Report("gpu", fixed, ("flax", "torch", "transformers"))
     pool = ThreadPoolExecutor(16)
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -137,6 +145,8 @@ def _run(
         groups = makers[part](pool)
         if peer and part == "indicators":
             _add_routes(groups)
+        for group in groups:
+            group.finish()
         for group in groups:
             group.measure(report, options.repeats)
     if "data" in options.parts:
@@ -239,12 +249,14 @@ def _training(folder: str, pool: ThreadPoolExecutor) -> list[Group]:
 
         step, state, data, of_model = training.step_program(config, model, source, mesh, preprocess)
         group.add(pool, "step", step, state, data, call=training.repeated)
-        copy = jax.tree.map(jnp.copy, state)
-        told = mock.Mock(return_value=True)
-        with mock.patch.object(dense, "on_cpu", told), mock.patch.object(cpu, "on_cpu", told):
-            # Of another function, or jax would find what it has traced already.
+        # Of other functions, or jax would find what it has traced already.
+        for less in () if groups else (AXES, DERIVATIVES):
             again = jax.jit(lambda *args, step=step: step.__wrapped__(*args), donate_argnums=0)
-            group.add(pool, _TOLD, again, copy, data, call=training.repeated)
+            copy = jax.tree.map(jnp.copy, state)
+            with contextlib.ExitStack() as stack:
+                for change in without()[less]:
+                    stack.enter_context(change)
+                group.add(pool, f"step, {less}", again, copy, data, call=training.repeated)
         group.flops = dict.fromkeys(group.compiled, step_flops(of_model))
         if not groups:
             feed = EvalFeed(source, config, mesh, preprocess)
@@ -256,7 +268,7 @@ def _training(folder: str, pool: ThreadPoolExecutor) -> list[Group]:
                 return watched.take()
 
             group.calls[f"indicator alongside, of {config.interactions.images} images"] = watch
-            pool.submit(watch)  # compiles
+            watch()  # compiles
         groups.append(group)
     return groups
 

@@ -1,4 +1,4 @@
-"""Dense layers are Flax's, in parameters, value, derivative and shape, flat on a CPU or not."""
+"""Dense layers are Flax's, in parameters, value, derivative and shape, by flat products."""
 
 import functools
 
@@ -8,11 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_interact.models import dense as module
 from vit_interact.models.dense import Dense, PatchEmbedding
 
 
-@pytest.mark.parametrize("flat", [True, False], ids=["flat", "as given"])
 @pytest.mark.parametrize(
     ("shape", "features", "axes"),
     [
@@ -23,8 +21,7 @@ from vit_interact.models.dense import Dense, PatchEmbedding
         pytest.param((4,), 5, 1, id="one token"),
     ],
 )
-def test_equals_flax(monkeypatch, shape, features, axes, flat):
-    monkeypatch.setattr(module, "on_cpu", lambda: flat)
+def test_equals_flax(shape, features, axes):
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     theirs = nn.DenseGeneral(features, axis=tuple(range(-axes, 0)))
     ours = Dense(features, axes)
@@ -48,8 +45,7 @@ def test_without_bias_and_in_bfloat16():
     assert layer.apply(params, jnp.ones((2, 3, 4))).dtype == jnp.bfloat16
 
 
-def test_on_a_cpu_tokens_are_one_axis_and_heads_another(monkeypatch):
-    monkeypatch.setattr(module, "on_cpu", lambda: True)
+def test_tokens_are_one_axis_and_heads_another():
     layer = Dense((2, 3))
     params = layer.init(jax.random.key(0), jnp.ones((2, 3, 4)))
     jaxpr = jax.make_jaxpr(layer.apply)(params, jnp.ones((2, 3, 4)))

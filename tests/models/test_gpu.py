@@ -82,7 +82,7 @@ def test_kernels_take_bfloat16_as_it_is(name):
 def test_layers_of_a_model_lie_in_one_array(name):
     """As far from float32 as XLA's are."""
     wide, narrow = (
-        ViT(ViTConfig(image_size=64, patch_size=8, depth=3, width=128, heads=2, dtype=dtype))
+        ViT(ViTConfig((64, 64), (8, 8), depth=3, width=128, heads=2, dtype=dtype))
         for dtype in ("float32", "bfloat16")
     )
     images = jax.random.normal(jax.random.key(1), (2, 64, 64, 3))

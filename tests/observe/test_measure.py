@@ -172,7 +172,9 @@ def test_sharded_images_give_sharded_maps():
     maps = vi.measure(model, replicated, placed, ALL)
     for name in ALL:
         assert len(maps[name].sharding.device_set) == 8
-        close(maps[name], expected[name])
+        # A program for one image rounds otherwise, and A/(1-A) makes much of it where A is near 1:
+        # on one processor, one number of `edge` is off by 3e-5.
+        close(maps[name], expected[name], tolerance=1e-4 if name == "edge" else 1e-5)
 
 
 def test_bf16_compute_is_close():

@@ -8,10 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
-from jax import lax
 from jaxtyping import Array, Float
-
-from vit_interact.models.cpu import on_cpu
 
 
 def dense(
@@ -19,16 +16,12 @@ def dense(
 ) -> Float[Array, ...]:
     """The last `axes` axes of `x` times the first of `kernel`, plus `bias`.
 
-    On a CPU this is a product of two matrices and a bias that is a row. With tokens in several
-    axes, the kernel's derivative takes XLA's CPU twice as long as with them in one, and with heads
-    in an axis of their own, the bias's derivative many times as long (docs/benchmarks.md). Other
-    compilers make two matrices of it themselves.
+    A product of two matrices and a bias that is a row. With tokens in several axes, the kernel's
+    derivative takes XLA's CPU twice as long as with them in one, and with heads in an axis of their
+    own, the bias's derivative many times as long; on a GPU, such a bias is written out for all
+    tokens (docs/benchmarks.md).
     """
     kept, outputs = x.shape[: x.ndim - axes], kernel.shape[axes:]
-    if not on_cpu():
-        last, first = tuple(range(len(kept), x.ndim)), tuple(range(axes))
-        product = lax.dot_general(x, kernel, ((last, first), ((), ())))
-        return product if bias is None else product + bias
     depth = math.prod(kernel.shape[:axes])
     product = x.reshape(-1, depth) @ kernel.reshape(depth, -1)
     product = product if bias is None else product + bias.reshape(-1)

@@ -1,7 +1,7 @@
-"""GELU and layer normalisation, whose derivatives keep one array each on a CPU.
+"""GELU and layer normalisation, whose derivatives keep one array each.
 
 Left to themselves, both keep what they made on the way for the backward pass: `erf` of the hidden
-tokens, and tokens without their mean. XLA's CPU compiler then writes these in passes of their own.
+tokens, and tokens without their mean. XLA then writes these in passes of their own.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from vit_interact.models.cpu import on_cpu
-
 Elementwise = Callable[[Array], Array]
 
 
 def _with_slope(value: Elementwise, slope: Elementwise) -> Elementwise:
-    """`value`, whose derivative on a CPU is `slope` and keeps its argument alone.
+    """`value`, whose derivative is `slope` and keeps its argument alone.
 
     `slope` is not to repeat an expensive term of `value`: XLA would make it once and keep it. So it
     has `erf`, `tanh` and the sigmoid of the negated argument.
@@ -34,8 +32,6 @@ def _with_slope(value: Elementwise, slope: Elementwise) -> Elementwise:
 
     @function.defjvp
     def along(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-        if not on_cpu():
-            return jax.jvp(value, primals, tangents)
         (x,), (tangent,) = primals, tangents
         return function(x), tangent * slope(x)
 
@@ -98,8 +94,6 @@ def standardise(x: Float[Array, "*B D"], epsilon: float) -> Float[Array, "*B D"]
 def _standardise_jvp(
     epsilon: float, primals: tuple[Array], tangents: tuple[Array]
 ) -> tuple[Array, Array]:
-    if not on_cpu():
-        return jax.jvp(lambda x: _standardised(x, epsilon)[0], primals, tangents)
     (x,), (tangent,) = primals, tangents
     found, share = _standardised(x, epsilon)
     mean = functools.partial(jnp.mean, axis=-1, keepdims=True)

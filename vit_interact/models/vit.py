@@ -319,8 +319,13 @@ class ViT(nn.Module):
             prefix = jnp.concatenate([t.astype(x.dtype) for t in self.prefix_tokens], axis=1)
             unplaced = config.prefix - config.pos_prefix
             prefix = prefix + jnp.pad(prefix_position, ((0, 0), (0, unplaced), (0, 0)))
-            prefix = jnp.broadcast_to(prefix, (x.shape[0], *prefix.shape[1:]))
-        x = jnp.concatenate([prefix, x + patch_position], axis=1)
+            prefix = jnp.broadcast_to(prefix.reshape(1, -1), (x.shape[0], prefix[0].size))
+        # Tokens of an image stand in one axis here, or XLA's GPU compiler would lay out the whole
+        # residual stream for the sum over images that is the positions' derivative, and transpose
+        # it in every layer (docs/benchmarks.md).
+        prefix = prefix.reshape(x.shape[0], -1)
+        x = x.reshape(x.shape[0], -1) + patch_position.reshape(1, -1)
+        x = jnp.concatenate([prefix, x], axis=1).reshape(x.shape[0], -1, config.width)
         x = self.position_dropout(x, deterministic=not train)
         return self.pre_norm(x) if config.pre_norm else x
 
