@@ -3,6 +3,7 @@
 import functools
 import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -156,6 +157,36 @@ def test_gpu(run, shallow, monkeypatch):
     for start, count in (("forward", 3), ("attention, XLA", 1), ("flash", 4), ("windows of", 4),
                          ("step", 3), ("indicator alongside", 1), ("data", 4)):  # fmt: skip
         assert sum(name.startswith(start) for name in names) == count, start
+
+
+def test_bytes_of_a_program():
+    """What kernels read and write, without a product's scratch space and what only names."""
+    from benchmarks.gpu_program import kernels
+
+    program = """HloModule some
+%fused (p: f32[9]) -> f32[9] {
+  ROOT %inner = f32[9]{0} add(%p, %p)
+}
+
+ENTRY %main (x: bf16[512,1024]) -> f32[512] {
+  %x = bf16[512,1024]{1,0} parameter(0), metadata={op_name="x"}
+  %seen = bf16[1024,512]{0,1} bitcast(%x)
+  %cublas-lt.1 = (bf16[512,512]{1,0}, s8[33554432]{0}) custom-call(%x, %seen), target="q"
+  %of.1 = bf16[512,512]{1,0} get-tuple-element(%cublas-lt.1), index=0
+  ROOT %sum.1 = f32[512]{0:T(128)} fusion(%of.1), kind=kInput, calls=%fused
+}"""
+    found = {one.name: one.gib * 2**30 for one in kernels(program)}
+    mib = 2**20
+    assert found == {"cublas-lt.1": 2.5 * mib, "sum.1": mib / 2 + 2048}
+
+
+@pytest.mark.slow
+def test_gpu_program(run):
+    """Without the embedding in one axis, each layer's tokens are transposed."""
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="XLA's compiler for GPUs")
+    rows = run("gpu_program", "--model", "vit_ti16", "--batch-size", "8", "--depth", "1")
+    positive(rows, "kernels", "gib", "others_gib")
+    assert rows[0]["transposing_gib"] < 0.1 * rows[0]["others_gib"]
 
 
 def test_statistics(run):

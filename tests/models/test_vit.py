@@ -198,3 +198,15 @@ def test_cls_position_and_register_positions():
     np.testing.assert_allclose(tokens[0, 0], params["cls"][0, 0] + position[0], atol=1e-6)
     np.testing.assert_allclose(tokens[0, 1:3], params["reg"][0], atol=1e-6)
     np.testing.assert_allclose(tokens[0, 3:], position[1:], atol=1e-6)
+
+
+def test_positions_are_summed_over_images_with_tokens_in_one_axis():
+    """A sum over images of `[B, N, D]` has XLA's GPU compiler transpose every layer's tokens."""
+    model, params, images = tiny()
+    loss = lambda params: model.apply({"params": params}, images).sum()  # noqa: E731
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(params)
+    sums = [e for e in jaxpr.eqns if e.primitive.name == "reduce_sum" and e.params["axes"] == (0,)]
+    shapes = [e.invars[0].aval.shape for e in sums]
+    patches, width = model.config.layout.num_patches, model.config.width
+    assert (len(images), patches * width) in shapes
+    assert not [s for s in shapes if len(s) == 3]
