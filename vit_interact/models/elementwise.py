@@ -67,16 +67,15 @@ ACTIVATION_FUNCTIONS: dict[str, Elementwise] = {
 """GELUs by their names in `ViTConfig.activation`, and what SwiGLU has."""
 
 
-def _standardised(x: Array, epsilon: float) -> tuple[Array, Array]:
-    """`x` with mean 0 and variance 1 along the last axis, and what it was multiplied by.
+def _statistics(x: Array, epsilon: float) -> tuple[Array, Array]:
+    """Mean along the last axis, and one over the standard deviation.
 
     The variance is the mean square of what is left without the mean: E[x²]−E[x]² would lose digits
     where the mean is large, as in DINOv2.
     """
-    centred = x - jnp.mean(x, axis=-1, keepdims=True)
-    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-    share = lax.rsqrt(variance + epsilon)
-    return centred * share, share
+    mean = jnp.mean(x, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True)
+    return mean, lax.rsqrt(variance + epsilon)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -87,7 +86,8 @@ def standardise(x: Float[Array, "*B D"], epsilon: float) -> Float[Array, "*B D"]
       x: tokens.
       epsilon: added to the variance.
     """
-    return _standardised(x, epsilon)[0]
+    mean, share = _statistics(x, epsilon)
+    return (x - mean) * share
 
 
 @standardise.defjvp
@@ -95,7 +95,10 @@ def _standardise_jvp(
     epsilon: float, primals: tuple[Array], tangents: tuple[Array]
 ) -> tuple[Array, Array]:
     (x,), (tangent,) = primals, tangents
-    found, share = _standardised(x, epsilon)
+    # Behind a barrier, or XLA's GPU compiler makes the statistics again in each kernel that needs
+    # normal tokens, and writes these out in float32 (docs/benchmarks.md).
+    middle, share = lax.optimization_barrier(_statistics(x, epsilon))
+    found = (x - middle) * share
     mean = functools.partial(jnp.mean, axis=-1, keepdims=True)
     return found, share * (tangent - mean(tangent) - found * mean(tangent * found))
 
