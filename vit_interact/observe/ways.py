@@ -15,7 +15,7 @@ from vit_interact.models.cpu import on_cpu
 from vit_interact.models.fused import cudnn_knows
 from vit_interact.models.vit import ViT
 
-_KERNELS_PAY = {"attention", "dispersion", "gradient", "edge", "rollout"}
+_KERNELS_PAY = {"attention", "dispersion", "gradient", "edge", "leave_one_out", "rollout"}
 
 
 # On a CPU a few heads at a time are faster, or as fast in less memory: everything from so many
