@@ -164,17 +164,19 @@ def test_measure_is_differentiable():
 
 
 def test_sharded_images_give_sharded_maps():
+    """In float64: a program for one image rounds otherwise, and A/(1-A) makes much of it."""
     model, params, images = tiny(batch=8)
-    expected = vi.measure(model, params, images, ALL)
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    placed = jax.device_put(images, NamedSharding(mesh, PartitionSpec("data")))
-    replicated = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-    maps = vi.measure(model, replicated, placed, ALL)
+    with jax.enable_x64(True):
+        model = ViT(dataclasses.replace(model.config, dtype="float64"))
+        params, images = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (params, images))
+        expected = vi.measure(model, params, images, ALL)
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+        placed = jax.device_put(images, NamedSharding(mesh, PartitionSpec("data")))
+        replicated = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        maps = vi.measure(model, replicated, placed, ALL)
     for name in ALL:
         assert len(maps[name].sharding.device_set) == 8
-        # A program for one image rounds otherwise, and A/(1-A) makes much of it where A is near 1:
-        # on one processor, one number of `edge` is off by 3e-5.
-        close(maps[name], expected[name], tolerance=1e-4 if name == "edge" else 1e-5)
+        close(maps[name], expected[name])
 
 
 def test_bf16_compute_is_close():
