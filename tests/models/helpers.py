@@ -38,6 +38,15 @@ def tiny(seed=0, batch=2, **overrides):
     return model, jax.tree_util.tree_map_with_path(draw, shapes), images
 
 
+def applied(model, params, images, method=None, mutable=False, **arrays):
+    """`model.apply` as one program; op by op, each operation of a new shape is one of its own."""
+
+    def forward(params, images, arrays):
+        return model.apply({"params": params}, images, method=method, mutable=mutable, **arrays)
+
+    return jax.jit(forward)(params, images, arrays)
+
+
 def stacked(params):
     """Parameters of a loop model as its scanned twin has them."""
     blocks = {k: v for k, v in params["Transformer"].items() if k.startswith("encoderblock_")}

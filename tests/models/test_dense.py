@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from vit_interact.models.dense import Dense, PatchEmbedding
+from vit_interact.models.parameter import parameter
 
 
 @pytest.mark.parametrize(
@@ -73,3 +75,23 @@ def test_patches_are_those_of_a_convolution(size):
     )
     assert found[0][1].shape == (2, 3, 3, 5)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), found, expected)
+
+
+def test_parameters_are_compared_and_not_traced():
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self):
+            return parameter(self, "kernel", init, (2, 3))
+
+    calls = []
+
+    def init(key, shape, dtype):
+        calls.append(shape)
+        return nn.Partitioned(jnp.ones(shape, dtype), names=("in", "out"))
+
+    variables = Layer().init(jax.random.key(0))
+    made = len(calls)
+    assert isinstance(variables["params"]["kernel"], nn.Partitioned)
+    assert Layer().apply(variables).shape == (2, 3) and len(calls) == made
+    with pytest.raises(flax.errors.ScopeParamShapeError, match=r'"kernel".*\(2, 3\).*\(3, 2\)'):
+        Layer().apply({"params": {"kernel": jnp.ones((3, 2))}})

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.models.helpers import tiny
+from tests.models.helpers import applied, tiny
 from vit_interact import interactions as vx
 from vit_interact.models.attend import explicit_attention
 from vit_interact.models.attend_backward import attention_gradients
@@ -24,15 +24,17 @@ def test_attention_and_its_derivatives(masked):
     mask = jnp.tril(jnp.ones((N, N), bool)) if masked else None
     bias = normal(2, H, N, N) if masked else None
 
-    def run(of, bias):
-        attended = explicit_attention(query[of], key[of], value[of], bias, mask)
-        gradients, _ = attention_gradients(attended, attended.output, g[of], bias)
-        loss = lambda *sides: jnp.sum(explicit_attention(*sides, bias, mask).output * g[of])  # noqa: E731
-        derived = jax.grad(loss, (0, 1, 2))(query[of], key[of], value[of])
+    @jax.jit
+    def run(sides, g, bias):
+        attended = explicit_attention(*sides, bias, mask)
+        gradients, _ = attention_gradients(attended, attended.output, g, bias)
+        loss = lambda *sides: jnp.sum(explicit_attention(*sides, bias, mask).output * g)  # noqa: E731
+        derived = jax.grad(loss, (0, 1, 2))(*sides)
         return *attended[3:6], *gradients[:3], *derived
 
-    both, second = slice(0, 2), slice(1, 2)
-    expected, found = run(both, bias), run(second, None if bias is None else bias[second])
+    both = (query, key, value), g, bias
+    second = slice(1, 2)
+    expected, found = run(*both), run(*jax.tree.map(lambda side: side[second], both))
     for one, of_two in zip(found, expected, strict=True):
         assert one.shape == (1, *of_two.shape[1:])
         np.testing.assert_allclose(one, of_two[second], rtol=1e-5, atol=1e-5)
@@ -61,6 +63,6 @@ def test_indicators(name, axes):
 def test_model():
     model, params, images = tiny()
     assert isinstance(model, ViT)
-    loss = lambda images: jnp.sum(jnp.sin(model.apply({"params": params}, images)))  # noqa: E731
+    loss = lambda images: jnp.sum(jnp.sin(applied(model, params, images)))  # noqa: E731
     both = jax.grad(loss)(images)
     np.testing.assert_allclose(jax.grad(loss)(images[1:2]), both[1:2], rtol=1e-4, atol=1e-6)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from tests.models import flax_names
+from tests.models.helpers import applied
 from vit_interact.models.posembed import sincos_position_embedding
 from vit_interact.models.weights import WeightsError, load_checkpoint
 
@@ -27,7 +28,7 @@ def save(path, flat):
 
 
 def check(checkpoint, params, images, **settings):
-    logits = checkpoint.model.apply({"params": checkpoint.params}, as_jax(images))
+    logits = applied(checkpoint.model, checkpoint.params, as_jax(images))
     expected = [flax_names.forward(params, image, **settings) for image in images]
     np.testing.assert_allclose(logits, expected, atol=2e-5)
 

@@ -1,6 +1,7 @@
 """The window-free transformer: what it starts as, and what its windows do."""
 
 import dataclasses
+import functools
 import itertools
 import json
 
@@ -10,23 +11,20 @@ import numpy as np
 import pytest
 
 import vit_interact as vi
+from tests.models.helpers import applied
 from vit_interact import interactions as vx
 from vit_interact.interactions.boxes import hard_windows
 from vit_interact.interactions.controls import local_windows, shifted_windows
-from vit_interact.models import attend
+from vit_interact.models import attend, winft
 from vit_interact.models.attention import Taps
 from vit_interact.models.config import ViTConfig, WindowConfig
 from vit_interact.models.weights import stack_layers
-from vit_interact.models.winft import (
-    give_windows,
-    predicted_distances,
-    to_winft,
-    without_windows,
-)
+from vit_interact.models.winft import give_windows, to_winft, without_windows
 
 FIELDS = {"width": 16, "depth": 3, "heads": 4, "mlp_dim": 16, "patch_size": (4, 4)}
 
 
+@functools.cache
 def make(seed=0, name="vit_ti16", **fields):
     settings = {**FIELDS, "image_size": (16, 20), "num_classes": 5, **fields}
     model = vi.create_model(name, **settings)
@@ -52,8 +50,8 @@ def turned(params, size=0.5, seed=5):
     return jax.tree_util.tree_map_with_path(turn, params)
 
 
-def apply(model, params, images, **settings):
-    return model.apply({"params": params}, images, **settings)
+# One program: op by op, each operation of a new shape is one of its own.
+predicted_distances = jax.jit(winft.predicted_distances, static_argnums=0)
 
 
 @pytest.mark.parametrize(
@@ -68,19 +66,19 @@ def apply(model, params, images, **settings):
 )
 def test_a_converted_model_starts_as_the_model(name, fields):
     model, params, images = make(name=name, **fields)
-    plain = apply(model, params, images)
+    plain = applied(model, params, images)
     ours, converted = to_winft(model, params)
-    found = apply(ours, converted, images)
+    found = applied(ours, converted, images)
     assert float(jnp.abs(found - plain).max()) < 1e-3 * float(jnp.abs(plain).max())
     # And so do the hard windows, which hold the whole grid.
     hard = ours.clone(config=dataclasses.replace(ours.config, windows=WindowConfig(hard=True)))
-    np.testing.assert_allclose(apply(hard, converted, images), plain, atol=2e-5)
+    np.testing.assert_allclose(applied(hard, converted, images), plain, atol=2e-5)
 
 
 def test_the_embedded_model_starts_as_itself():
     model, params = vi.load_model("vit_s14_caltech101")
     images = jax.random.normal(jax.random.key(0), (1, 224, 224, 3))
-    plain, found = apply(model, params, images), apply(*to_winft(model, params), images)
+    plain, found = applied(model, params, images), applied(*to_winft(model, params), images)
     assert float(jnp.abs(found - plain).max()) < 1e-3 * float(jnp.abs(plain).max())
 
 
@@ -94,7 +92,7 @@ def test_hard_windows_are_a_mask_made_by_hand():
     masks = vx.window_mask(hard_windows(distances, layout), layout)
     assert 0.1 < float(masks.mean()) < 0.95
     # The windows of a layer depend on what the layers below attended to.
-    found = apply(model, _without_heads(params), images, mask=[masks[i] for i in range(3)])
+    found = applied(model, _without_heads(params), images, mask=[masks[i] for i in range(3)])
     np.testing.assert_allclose(found, logits, atol=1e-5)
 
 
@@ -111,8 +109,8 @@ def test_soft_windows_sharpen_into_hard_ones():
     ours, params = to_winft(model, params)
     params = turned(params)
     hard = ours.clone(config=dataclasses.replace(ours.config, windows=WindowConfig(hard=True)))
-    expected = apply(hard, params, images)
-    run = jax.jit(lambda tau: apply(ours, params, images, sharpness=tau))
+    expected = applied(hard, params, images)
+    run = jax.jit(lambda tau: applied(ours, params, images, sharpness=tau))
     errors = [float(jnp.abs(run(tau) - expected).max()) for tau in (1.0, 0.1, 1e-5)]
     assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-3
 
@@ -128,7 +126,7 @@ def test_gradients_reach_the_window_heads():
         images = jnp.asarray(np.asarray(images), jnp.float64)
 
         def loss(params):
-            return jnp.sum(jnp.sin(apply(ours, params, images)))
+            return jnp.sum(jnp.sin(applied(ours, params, images)))
 
         gradient = jax.grad(loss)(params)
         direction = jax.tree_util.tree_map_with_path(
@@ -203,7 +201,7 @@ def test_half_precision_is_near():
     ours, params = to_winft(model, params)
     params = turned(params)
     half = ours.clone(config=dataclasses.replace(ours.config, dtype="bfloat16"))
-    exact, found = (apply(m, params, images) for m in (ours, half))
+    exact, found = (applied(m, params, images) for m in (ours, half))
     assert found.dtype == jnp.bfloat16
     assert float(jnp.abs(found - exact).max()) < 0.1 * float(jnp.abs(exact).max())
 
@@ -219,7 +217,7 @@ def test_training_takes_little_more_memory_than_explicit_attention(fields):
         params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
 
         def loss(params, images):
-            return jnp.sum(jnp.square(apply(model, params, images).astype(jnp.float32)))
+            return jnp.sum(jnp.square(applied(model, params, images).astype(jnp.float32)))
 
         compiled = jax.jit(jax.grad(loss)).lower(params, images).compile()
         return compiled.memory_analysis().temp_size_in_bytes
@@ -232,7 +230,7 @@ def test_many_tokens_are_worked_on_in_blocks(monkeypatch):
     params = turned(params)
 
     def loss(params):
-        return jnp.sum(jnp.square(apply(model, params, images)))
+        return jnp.sum(jnp.square(applied(model, params, images)))
 
     def compiled():
         return jax.jit(jax.value_and_grad(loss)).lower(params).compile()
@@ -260,17 +258,17 @@ def test_given_windows_are_a_mask():
     layout = model.config.layout
     ours, converted = to_winft(model, params, WindowConfig(kind="given", layers=(0, 2)))
     np.testing.assert_allclose(
-        apply(ours, converted, images), apply(model, params, images), atol=1e-5
+        applied(ours, converted, images), applied(model, params, images), atol=1e-5
     )
     boxes = jnp.stack([local_windows((2, 3), layout), shifted_windows((2, 2), layout, (1, 1))])
     given = give_windows(ours, converted, boxes)
     masks = [vx.window_mask(boxes[0], layout), None, vx.window_mask(boxes[1], layout)]
-    expected = apply(model, params, images, mask=masks)
-    np.testing.assert_allclose(apply(ours, given, images), expected, atol=1e-5)
+    expected = applied(model, params, images, mask=masks)
+    np.testing.assert_allclose(applied(ours, given, images), expected, atol=1e-5)
     count = sum(leaf.size for leaf in jax.tree.leaves(given))
     assert ours.config.count_parameters() == count
     # And nothing moves them.
-    gradient = jax.grad(lambda p: jnp.sum(jnp.square(apply(ours, p, images))))(given)
+    gradient = jax.grad(lambda p: jnp.sum(jnp.square(applied(ours, p, images))))(given)
     block = gradient["Transformer"]["encoderblock_0"]
     assert not np.any(block["GivenWindows_0"]["windows"])
     with pytest.raises(ValueError, match="this model has \\(2, 20, 4\\)"):
@@ -285,7 +283,7 @@ def test_given_windows_are_a_mask():
     stacked = give_windows(scanned, stack_layers(params), three)
     masks = [vx.window_mask(box, layout) for box in three]
     np.testing.assert_allclose(
-        apply(scanned, stacked, images), apply(model, params, images, mask=masks), atol=1e-5
+        applied(scanned, stacked, images), applied(model, params, images, mask=masks), atol=1e-5
     )
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import vit_interact as vi
-from tests.models.helpers import tiny
+from tests.models.helpers import applied, tiny
 from vit_interact import interactions as vx
 from vit_interact.interactions.boxes import clipped_boxes
 from vit_interact.models.config import WindowConfig
@@ -39,7 +39,7 @@ def test_everything_agrees_with_the_functions(indicator):
             dataset[f"combined_{name}"], getattr(field, name), rtol=1e-3, atol=1e-3
         )
     np.testing.assert_allclose(dataset["combined_area"], vx.window_area(windows, layout))
-    logits = np.asarray(model.apply({"params": params}, images))
+    logits = np.asarray(applied(model, params, images))
     np.testing.assert_array_equal(dataset["prediction"][:, 0], logits.argmax(-1))
     np.testing.assert_allclose(dataset["score"], logits.max(-1), rtol=1e-4)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import vit_interact as vi
+from tests.models.helpers import applied
 from vit_interact import interactions as vx
 from vit_interact.models.attention import Taps
 from vit_interact.models.vit import ViT
@@ -21,7 +22,7 @@ def embedded():
 
 def test_predicts_its_photographs(embedded):
     checkpoint, images = embedded
-    logits = checkpoint.model.apply({"params": checkpoint.params}, images)
+    logits = applied(checkpoint.model, checkpoint.params, images)
     labels = [sample.label for sample in vi.sample_images(2)]
     assert [checkpoint.class_names[i] for i in np.argmax(logits, -1)] == labels
 

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import vit_interact as vi
-from tests.models.helpers import stacked, tiny
+from tests.models.helpers import applied, stacked, tiny
 from vit_interact import interactions as vx
 from vit_interact.models.attention import Taps
 from vit_interact.models.vit import ViT
@@ -34,7 +34,7 @@ def test_measure_equals_compute_of_captures(member):
     for name in ALL:
         tokens = model.config.layout.num_tokens
         assert maps[name].shape == (3, 2, tokens, tokens)
-        close(maps[name], vx.compute(name, captures))
+        close(maps[name], jax.jit(functools.partial(vx.compute, name))(captures))
 
 
 @pytest.mark.parametrize(
@@ -75,8 +75,8 @@ def test_gradient_is_the_derivative_of_the_score():
         moved = jax.tree.map(lambda a: a, wide)
         value = moved["Transformer"]["encoderblock_1"]["MultiHeadDotProductAttention_0"]["value"]
         value["bias"] = block["value"]["bias"].at[2].add(change)
-        before = exact.apply({"params": wide}, pictures)[:, 3]
-        after = exact.apply({"params": moved}, pictures)[:, 3]
+        before = applied(exact, wide, pictures)[:, 3]
+        after = applied(exact, moved, pictures)[:, 3]
         weights, grad = captures.weights[1, :, 2], captures.output_grad[1, :, :, 2]
         predicted = jnp.einsum("bij,bik,k->b", weights, grad, change)
         np.testing.assert_allclose(after - before, predicted, rtol=1e-4)
@@ -84,7 +84,7 @@ def test_gradient_is_the_derivative_of_the_score():
 
 def test_scores():
     model, params, images = tiny(batch=3)
-    logits = model.apply({"params": params}, images)
+    logits = applied(model, params, images)
     top = jnp.argmax(logits, axis=-1)
     edge = functools.partial(vi.measure, model, params, images, ("edge",))
     predicted = edge(score="predicted")["edge"]
@@ -250,9 +250,9 @@ def test_attention_fn_changes_neither_parameters_nor_outputs(foreign):
     plain = Foreign()
     expected = plain.init(jax.random.key(1), images)
     assert jax.tree.structure(expected) == jax.tree.structure({"params": params})
-    logits = plain.apply({"params": params}, images)
-    np.testing.assert_array_equal(model.apply({"params": params}, images), logits)
-    tapped, _ = model.apply({"params": params}, images, mutable=["intermediates"])
+    logits = applied(plain, params, images)
+    np.testing.assert_array_equal(applied(model, params, images), logits)
+    tapped, _ = applied(model, params, images, mutable=["intermediates"])
     np.testing.assert_allclose(tapped, logits, atol=1e-5)
     key = {"dropout": jax.random.key(3)}
     np.testing.assert_array_equal(
@@ -276,7 +276,7 @@ def test_foreign_model_gives_the_same_captures(foreign):
                 x = nn.LayerNorm()(x + attend(x, sow_weights=True))
             return nn.Dense(4)(x.mean(1))
 
-    _, state = Sowing().apply({"params": params}, images, mutable=["intermediates"])
+    _, state = applied(Sowing(), params, images, mutable=["intermediates"])
     for i in range(11):
         sown = state["intermediates"][f"layer_{i}"]["attention_weights"][0]
         np.testing.assert_allclose(captures.weights[i], sown, atol=1e-6)
@@ -292,7 +292,7 @@ def test_foreign_gradient_equals_ours(foreign):
     model, params, images = foreign
     captures = vi.capture(model, params, images, score=1)
     plain = Foreign()
-    grads = jax.grad(lambda p: plain.apply({"params": p}, images)[:, 1].sum())(params)
+    grads = jax.grad(lambda p: applied(plain, p, images)[:, 1].sum())(params)
     for i in (0, 5, 10):
         found = jnp.einsum("bhij,bihk->hk", captures.weights[i], captures.output_grad[i])
         close(found, grads[f"layer_{i}"]["value"]["bias"], 1e-4)
@@ -326,8 +326,8 @@ def test_weights_under_dropout_are_refused(foreign):
 
 def test_empty_taps_take_the_explicit_path():
     model, params, images = tiny()
-    explicit = model.clone(taps=Taps()).apply({"params": params}, images)
-    np.testing.assert_allclose(explicit, model.apply({"params": params}, images), atol=1e-5)
+    explicit = applied(model.clone(taps=Taps()), params, images)
+    np.testing.assert_allclose(explicit, applied(model, params, images), atol=1e-5)
 
 
 @pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -340,9 +340,7 @@ def test_kept_patches_are_measured_as_the_model_runs_on_them(scan):
         np.testing.assert_allclose(maps, whole[name], atol=1e-6)
     keep = np.array([[0, 3, 7], [1, 2, 11]], np.int32)
     logits, maps = measure_with_logits(model, params, images, names, keep=keep)
-    np.testing.assert_allclose(
-        logits, model.apply({"params": params}, images, keep=keep), atol=1e-5
-    )
+    np.testing.assert_allclose(logits, applied(model, params, images, keep=keep), atol=1e-5)
     assert maps["edge"].shape == (3, 2, 4, 4)
     # The first layer's attention is that of the whole model, over fewer keys.
     seen = np.concatenate([np.zeros((2, 1), int), 1 + keep], axis=1)
@@ -359,7 +357,7 @@ def test_masked_attention_is_measured_as_the_model_runs_under_the_mask():
     mask = vx.window_mask(boxes, layout)
     names = ("attention", "leave_one_out", "gradient", "edge")
     logits, maps = measure_with_logits(model, params, images, names, mask=mask)
-    expected = model.apply({"params": params}, images, mask=mask)
+    expected = applied(model, params, images, mask=mask)
     np.testing.assert_allclose(logits, expected, atol=1e-5)
     for name in names:
         assert (np.asarray(maps[name])[:, :, ~np.asarray(mask)] == 0).all(), name

@@ -37,6 +37,13 @@ def losses(workdir):
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
 
+def checkpoints(workdir):
+    """Steps with a whole checkpoint, without opening them: a run is writing more."""
+    return [
+        int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*") if path.name.isdigit()
+    ]
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     return tiny.save(tmp_path_factory.mktemp("data") / "tiny.npz")
@@ -98,7 +105,7 @@ runpy.run_module("vit_interact.train", run_name="__main__", alter_sys=True)
 @pytest.mark.slow
 def test_kills_change_nothing(tmp_path, source):
     flags = (
-        "--config.steps=60", "--config.checkpoint.every=7", "--config.eval.every=20",
+        "--config.steps=120", "--config.checkpoint.every=7", "--config.eval.every=40",
         "--config.data.workers=2", "--config.model.fields.dropout=0.1", "--config.ema=0.9",
         "--config.checkpoint.keep_last=3",
     )  # fmt: skip
@@ -106,13 +113,16 @@ def test_kills_change_nothing(tmp_path, source):
     output = whole.communicate()[0]
     assert whole.returncode == 0, output
     expected = losses(tmp_path / "whole")
-    assert sorted(expected) == list(range(1, 61))
+    assert sorted(expected) == list(range(1, 121))
 
     killed, generator, seen = tmp_path / "killed", random.Random(1), 0
-    for _ in range(4):
+    for kill in range(4):
         process = start(killed, source, *flags)
         last = max(losses(killed), default=0)
-        while process.poll() is None and max(losses(killed), default=0) in (0, last):
+        # The first may come before any checkpoint; were all to, nothing would be gone on from.
+        while process.poll() is None and (
+            max(losses(killed), default=0) in (0, last) or (kill and not checkpoints(killed))
+        ):
             time.sleep(0.02)
         time.sleep(generator.uniform(0, 1.0))
         process.send_signal(signal.SIGKILL)

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import vit_interact as vi
+from tests.models.helpers import applied
 from tests.train import tiny
 from vit_interact.data.augment import Augment
 from vit_interact.data.preprocess import Preprocess
@@ -59,7 +60,7 @@ def run(made, params, given, **more):
 
 def logits_of(model, params, given):
     images = PREPROCESS.normalize(given["pictures"])
-    return np.asarray(model.apply({"params": params}, images), np.float64)
+    return np.asarray(applied(model, params, images), np.float64)
 
 
 def log_softmax(logits):
@@ -136,7 +137,7 @@ def test_learning_from_a_teacher(model, params, kind):
     teaching = Preprocess(size=(8, 8), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     teacher = Teacher(model, theirs, teaching, kind, weight=0.25, temperature=2.0)
     images = teaching.normalize(given["pictures"])
-    taught = np.asarray(model.apply({"params": theirs}, images), np.float64)
+    taught = np.asarray(applied(model, theirs, images), np.float64)
     logits = logits_of(model, params, given)
     own = -log_softmax(logits)[np.arange(6), given["labels"]]
     if kind == "hard":

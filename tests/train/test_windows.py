@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import vit_interact as vi
+from tests.models.helpers import applied
 from tests.train import tiny
 from vit_interact.data.augment import Augment
 from vit_interact.data.preprocess import Preprocess
@@ -174,7 +175,7 @@ def test_evaluation_by_itself_takes_the_sharpness_that_the_run_ended_with(tmp_pa
     hard = model.clone(config=dataclasses.replace(model.config, windows=windows))
     data = tiny.data()["val"]
     images = vi.load_checkpoint(tmp_path / "run").preprocess.normalize(data.images)
-    logits = hard.apply({"params": params}, images)
+    logits = applied(hard, params, images)
     own = -jnp.mean(jax.nn.log_softmax(logits)[np.arange(len(data.labels)), data.labels])
     assert judged("hard", winft__hard=True)["loss"] == pytest.approx(float(own), rel=1e-5)
     assert float(own) != pytest.approx(ended["loss"], rel=1e-4)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import vit_interact as vi
-from tests.models.helpers import stacked, tiny
+from tests.models.helpers import applied, stacked, tiny
 from vit_interact.models.vit import ViT
 from vit_interact.verify.edges import (
     EdgeTest,
@@ -104,7 +104,7 @@ def test_edge_ranks_cut_edges():
     assert test.change.dtype == np.float64 and test.values["edge"].dtype == np.float32
     assert len(test.edges) == 3 * 3 * PER_LAYER and test.left_out == 3 * 12
     # Batches, the padded last one too, are a matter of memory alone.
-    classes = np.asarray(model.apply({"params": params}, images)).argmax(-1)
+    classes = np.asarray(applied(model, params, images)).argmax(-1)
     np.testing.assert_array_equal(test.score, classes)
     truth = vi.ablate_edges(model, params, images, test.edges, classes)
     np.testing.assert_allclose(test.change, truth, atol=1e-12)
@@ -192,8 +192,8 @@ def test_group_test_is_the_model_with_that_mask(scan):
     maps[:, :, 0, :] = maps[:, :, :, 0] = 99  # prefix tokens are never cut, nor are self edges
     maps[:, :, range(13), range(13)] = 99
     share = 3 / 132
-    base = np.asarray(model.apply({"params": params}, images))
-    masked = np.asarray(model.apply({"params": params}, images, mask=[jnp.asarray(mask)] * 3))
+    base = np.asarray(applied(model, params, images))
+    masked = np.asarray(applied(model, params, images, mask=[jnp.asarray(mask)] * 3))
     if scan:
         model, params = ViT(dataclasses.replace(model.config, scan=True)), stacked(params)
     found = group_test(model, params, images, maps, shares=(0.0, share, 1.0))

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
+from vit_interact.models.parameter import parameter
+
 
 def dense(
     x: Float[Array, ...], kernel: Float[Array, ...], bias: Float[Array, ...] | None, axes: int
@@ -49,11 +51,12 @@ class Dense(nn.Module):
         features = (self.features,) if isinstance(self.features, int) else self.features
         shape = (*x.shape[x.ndim - self.axes :], *features)
 
-        def init(key: Array, flat: tuple[int, int]) -> Array:
-            return nn.initializers.lecun_normal()(key, flat).reshape(shape)
+        def init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+            flat = math.prod(shape[: self.axes]), math.prod(features)
+            return nn.initializers.lecun_normal()(key, flat, dtype).reshape(shape)
 
-        kernel = self.param("kernel", init, (math.prod(shape[: self.axes]), math.prod(features)))
-        bias = self.param("bias", nn.initializers.zeros, features) if self.use_bias else None
+        kernel = parameter(self, "kernel", init, shape)
+        bias = parameter(self, "bias", nn.initializers.zeros, features) if self.use_bias else None
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         return dense(x, kernel, bias, self.axes)
 
@@ -82,9 +85,9 @@ class PatchEmbedding(nn.Module):
         high, wide = self.patch_size
         batch, height, width, channels = images.shape
         shape = (high, wide, channels, self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), shape)
         zeros = nn.initializers.zeros
-        bias = self.param("bias", zeros, (self.features,)) if self.use_bias else None
+        bias = parameter(self, "bias", zeros, (self.features,)) if self.use_bias else None
         images, kernel, bias = promote_dtype(images, kernel, bias, dtype=self.dtype)
         rows, cols = height // high, width // wide
         patches = images[:, : rows * high, : cols * wide]

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from vit_interact.models.parameter import parameter
+
 Elementwise = Callable[[Array], Array]
 
 
@@ -118,8 +120,8 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalises each token."""
         width = x.shape[-1:]
-        scale = self.param("scale", nn.initializers.ones, width, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, width, jnp.float32)
+        scale = parameter(self, "scale", nn.initializers.ones, width)
+        bias = parameter(self, "bias", nn.initializers.zeros, width)
         # XLA's CPU takes four times as long for the derivative of one image's `[1, N, D]`.
         alone = x.reshape(x.shape[1:]) if x.ndim > 2 and len(x) == 1 else x
         wide = alone.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -24,6 +24,7 @@ from vit_interact.models.config import ViTConfig
 from vit_interact.models.cpu import computed_once
 from vit_interact.models.dense import Dense, PatchEmbedding
 from vit_interact.models.elementwise import ACTIVATION_FUNCTIONS, LayerNorm
+from vit_interact.models.parameter import parameter
 from vit_interact.models.winft import GivenWindows, WindowHead
 
 Images = Float[Array, "B h w 3"] | Float[np.ndarray, "B h w 3"]
@@ -87,7 +88,7 @@ class Block(nn.Module):
         scales: list[Array | None] = [None, None]
         if config.layer_scale is not None:
             init = nn.initializers.constant(config.layer_scale)
-            scales = [self.param(name, init, (config.width,)) for name in ("ls1", "ls2")]
+            scales = [parameter(self, name, init, (config.width,)) for name in ("ls1", "ls2")]
 
         def residual(x: Array, update: Array, scale: Array | None) -> Array:
             if scale is not None:
@@ -214,7 +215,7 @@ class MAPHead(nn.Module):
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B D"]:
         """Pools tokens into one vector."""
         config = self.config
-        probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, config.width))
+        probe = parameter(self, "probe", nn.initializers.xavier_uniform(), (1, 1, config.width))
         probe = jnp.broadcast_to(probe.astype(x.dtype), (x.shape[0], 1, config.width))
         x = MultiHeadDotProductAttention(
             config.heads, dtype=config.dtype, name="MultiHeadDotProductAttention_0"
@@ -243,14 +244,14 @@ class ViT(nn.Module):
         )
         small = nn.initializers.normal(stddev=0.02)
         rows = config.pos_prefix + config.layout.num_patches
-        self.pos_embedding = self.param("pos_embedding", small, (1, rows, config.width))
+        self.pos_embedding = parameter(self, "pos_embedding", small, (1, rows, config.width))
         prefix = []
         if config.cls_token:
-            prefix.append(self.param("cls", nn.initializers.zeros, (1, 1, config.width)))
+            prefix.append(parameter(self, "cls", nn.initializers.zeros, (1, 1, config.width)))
         if config.distilled:
-            prefix.append(self.param("dist", nn.initializers.zeros, (1, 1, config.width)))
+            prefix.append(parameter(self, "dist", nn.initializers.zeros, (1, 1, config.width)))
         if config.registers:
-            prefix.append(self.param("reg", small, (1, config.registers, config.width)))
+            prefix.append(parameter(self, "reg", small, (1, config.registers, config.width)))
         self.prefix_tokens = prefix
         self.position_dropout = nn.Dropout(config.dropout)
         if config.pre_norm:

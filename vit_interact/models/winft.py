@@ -25,6 +25,7 @@ from vit_interact.interactions.windows import window_mask
 from vit_interact.layout import TokenLayout
 from vit_interact.models.bias import SeparableBias
 from vit_interact.models.config import ViTConfig, WindowConfig
+from vit_interact.models.parameter import parameter
 
 if TYPE_CHECKING:
     from vit_interact.models.vit import ViT
@@ -111,8 +112,11 @@ class GivenWindows(nn.Module):
     def __call__(self, mask: Bool[Array, ...] | None) -> Bool[Array, ...]:
         """Adds the windows to what restricts attention already."""
         layout = self.layout
-        whole = np.tile([0, 0, layout.rows, layout.cols], (layout.num_patches, 1))
-        windows = self.param("windows", lambda _: jnp.asarray(whole, jnp.float32))
+
+        def whole(_: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+            return jnp.broadcast_to(jnp.asarray([0, 0, layout.rows, layout.cols], dtype), shape)
+
+        windows = parameter(self, "windows", whole, (layout.num_patches, 4))
         inside = window_mask(jnp.round(windows).astype(jnp.int32), layout)
         return inside if mask is None else inside & mask
 
