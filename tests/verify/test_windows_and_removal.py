@@ -1,5 +1,6 @@
 """Windows and removal as functions of arrays, and curves."""
 
+import dataclasses
 import math
 
 import jax
@@ -13,34 +14,42 @@ from vit_interact import interactions as vx
 from vit_interact.verify import curves, removal, windows
 from vit_interact.verify.subject import Subject
 
+# As programs; op by op, each operation of a new shape would be one.
+make_windows = jax.jit(windows.make_windows, static_argnums=(1, 2))
+apply_windows = jax.jit(windows.apply_windows, static_argnums=0)
+apply_mask = jax.jit(removal.apply_mask, static_argnums=0)
 
+
+@jax.jit
 def keys(numbers):
-    return jax.vmap(lambda n: jax.random.fold_in(jax.random.key(0), n))(jnp.asarray(numbers))
+    return jax.vmap(lambda n: jax.random.fold_in(jax.random.key(0), n))(numbers)
 
 
 @pytest.fixture(scope="module")
 def setting():
     model, params, images = tiny(batch=3)
     maps = vi.measure(model, params, images, ("attention", "edge"))
-    return Subject.of(model), params, images, maps
+    subject = Subject.of(model)
+    compiled = {name: jax.jit(getattr(subject, name)) for name in ("apply", "drop")}
+    return dataclasses.replace(subject, **compiled), params, images, maps
 
 
 def test_windows_of_the_whole_grid_change_nothing(setting):
     subject, params, images, maps = setting
-    made = windows.make_windows(maps["attention"], subject.layout, (0.5, 1.0), keys([0, 1, 2]))
+    made = make_windows(maps["attention"], subject.layout, (0.5, 1.0), keys(jnp.array([0, 1, 2])))
     boxes = made["layers", "indicator"]
     assert boxes.shape == (2, 3, 3, subject.layout.num_patches, 4)
-    logits, area = windows.apply_windows(subject, params, images, boxes[1])
+    logits, area = apply_windows(subject, params, images, boxes[1])
     np.testing.assert_allclose(area, 1.0)
     np.testing.assert_allclose(logits, subject.apply(params, images, None), atol=1e-5)
-    small, area = windows.apply_windows(subject, params, images, boxes[0])
+    small, area = apply_windows(subject, params, images, boxes[0])
     assert (np.asarray(area) < 0.7).all()
     assert np.abs(small - logits).max() > 1e-3
 
 
 def test_windows_are_those_of_the_definitions(setting):
     subject, _, _, maps = setting
-    made = windows.make_windows(maps["edge"], subject.layout, (0.7,), keys([0, 1, 2]))
+    made = make_windows(maps["edge"], subject.layout, (0.7,), keys(jnp.array([0, 1, 2])))
     assert {kind for variant, kind in made if variant == "layers"} == {
         "indicator", *windows.CONTROLS,
     }  # fmt: skip
@@ -91,7 +100,7 @@ def test_area_leaves_out_layers_that_cannot_matter(setting):
     last[2] = np.stack([*np.divmod(np.arange(12), 4), *np.divmod(np.arange(12), 4)], -1)
     last[2, ..., 2:] += 1  # 1x1 boxes in the last layer
     (whole, _), (logits, area) = (
-        windows.apply_windows(subject, params, images, jnp.asarray(one)) for one in (boxes, last)
+        apply_windows(subject, params, images, jnp.asarray(one)) for one in (boxes, last)
     )
     np.testing.assert_allclose(area, 1.0)
     np.testing.assert_allclose(logits, whole, atol=1e-5)
@@ -111,7 +120,7 @@ def test_deleting_equals_hiding_for_a_class_token(setting):
         dropped = subject.drop(params, images, removal.kept_patches(order, count))
         hidden = removal.hidden_patches(order, count)
         assert (np.asarray(hidden).sum(-1) == 12 - count).all()
-        masked = removal.apply_mask(subject, params, images, hidden)
+        masked = apply_mask(subject, params, images, hidden)
         np.testing.assert_allclose(dropped, masked, atol=1e-5)
 
 
@@ -120,7 +129,7 @@ def test_deleting_shortens_the_sequence(setting):
 
     def flops(count):
         keep = jnp.tile(jnp.arange(count), (3, 1))
-        return jax.jit(subject.drop).lower(params, images, keep).compile().cost_analysis()["flops"]
+        return subject.drop.lower(params, images, keep).compile().cost_analysis()["flops"]
 
     assert flops(3) < 0.5 * flops(12)
 
@@ -142,8 +151,8 @@ def test_orders(setting):
     impact = vx.received_impact(vx.combine_layers(maps["edge"], layout), layout)
     np.testing.assert_array_equal(made["lowest"], np.argsort(impact, axis=-1, kind="stable"))
     np.testing.assert_array_equal(made["highest"], np.argsort(-impact, axis=-1, kind="stable"))
-    controls = removal.control_orders(maps["attention"], subject, keys([4, 5, 6]))
-    alone = removal.control_orders(maps["attention"][:, 1:2], subject, keys([5]))
+    controls = removal.control_orders(maps["attention"], subject, keys(jnp.array([4, 5, 6])))
+    alone = removal.control_orders(maps["attention"][:, 1:2], subject, keys(jnp.array([5])))
     for name, order in controls.items():
         np.testing.assert_array_equal(np.sort(order), np.tile(np.arange(12), (3, 1)))
         np.testing.assert_array_equal(order[1:2], alone[name])  # whatever the batch
