@@ -26,8 +26,10 @@ def common(tmp_path_factory):
     vi.export_timm(
         model, params, weights, preprocess=Preprocess(size=(12, 16)), class_names=("cat", "dog")
     )
-    data = photographs(folder / "data", each=40)
-    return ["--model", str(weights), "--data", str(data), "--batch-size", "2"]
+    data = photographs(folder / "data", each=16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VIT_INTERACT_COMPILE_CACHE", str(folder / "programs"))
+        yield ["--model", str(weights), "--data", str(data), "--batch-size", "2"]
 
 
 def killed_often(command, progress, kills=3):

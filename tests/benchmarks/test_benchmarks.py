@@ -212,7 +212,7 @@ def test_data_path(run):
 
 
 @pytest.mark.slow
-def test_memory_and_training(run):
+def test_memory_and_training(run, shallow):
     rows = run("memory", "--model", "vit_ti16", "--depth", "2", "--only", "attention", "edge")
     positive(rows, "temporary_mib", "ratio")
     rows = run("training", "--size", "32", "--batch-size", "8", "--repeats", "1")

@@ -296,7 +296,7 @@ def test_two_processes_are_one(tmp_path, weights):
         )
         for number in range(2)
     ]  # fmt: skip
-    outputs = [process.communicate(timeout=55)[0].decode() for process in together]
+    outputs = [process.communicate(timeout=200)[0].decode() for process in together]
     assert [process.returncode for process in together] == [0, 0], outputs
     result = call(*command[3:], "--batch-size", "8", "--out", tmp_path / "one.zarr")
     assert result.exit_code == 0, result.output

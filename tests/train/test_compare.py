@@ -91,6 +91,7 @@ def test_runs_are_made_once_and_pooled(tmp_path):
             "--seeds", "0,1", *more,
         ]  # fmt: skip
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        environment["VIT_INTERACT_COMPILE_CACHE"] = str(tmp_path / "programs")
         found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         return found, json.loads((out / "table.json").read_text())
 
