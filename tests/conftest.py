@@ -1,5 +1,6 @@
 """Shared fixtures. Types and shapes of every function are enforced while tests run."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -25,6 +26,9 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Tracing makes many objects and few cycles: to look for these as often as Python would takes a
+# twentieth of the time.
+gc.set_threshold(100_000, 20, 50)
 
 
 def pytest_configure(config: pytest.Config) -> None:

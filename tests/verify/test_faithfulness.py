@@ -248,12 +248,12 @@ def test_sanity_notices_fresh_weights():
 
 
 def test_redraw_goes_from_the_top():
-    model, params, images = tiny()
-    fresh = model.init(jax.random.key(0), images)["params"]
+    _, params, _ = tiny()
+    fresh = jax.tree.map(lambda leaf: np.asarray(leaf) + 1, params)
 
     def same(count):
         new = redraw(params, fresh, count, 3)
-        flags = jax.tree.map(lambda a, b: bool((a == b).all()), new, params)
+        flags = jax.tree.map(np.array_equal, new, params)
         inner = flags.pop("Transformer")
         return {k for k, v in {**flags, **inner}.items() if all(jax.tree.leaves(v))}
 
