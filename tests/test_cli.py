@@ -359,7 +359,8 @@ def test_interrupted_while_workers_start_it_says_so_and_no_more(tmp_path, weight
     time.sleep(seconds)
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does
     said = run.communicate(timeout=60)[0]
-    assert run.returncode == 130 and "interrupted" in said and "Traceback" not in said
+    assert run.returncode == 130, said
+    assert "interrupted" in said and "Traceback" not in said
 
 
 @pytest.mark.slow
