@@ -325,7 +325,7 @@ def test_killed_runs_lose_nothing_that_was_done(tmp_path, weights):
     took = time.time() - started
     dice, out = random.Random(0), tmp_path / "killed"
     kept = []
-    for _ in range(4):
+    for _ in range(6):
         process = subprocess.Popen([*command, str(out)], stdout=-3, stderr=-3)
         try:
             process.wait(took * dice.uniform(0.4, 0.95))

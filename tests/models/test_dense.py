@@ -85,9 +85,9 @@ def test_parameters_are_compared_and_not_traced():
 
     calls = []
 
-    def init(key, shape, dtype):
+    def init(key, shape):
         calls.append(shape)
-        return nn.Partitioned(jnp.ones(shape, dtype), names=("in", "out"))
+        return nn.Partitioned(jnp.ones(shape), names=("in", "out"))
 
     variables = Layer().init(jax.random.key(0))
     made = len(calls)

@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -154,13 +153,12 @@ def test_stochastic_depth_drops_or_rescales_whole_updates():
     model, params, images = tiny(stochastic_depth=0.5, depth=2, batch=64)
     tokens = applied(model, params, images, method=ViT.embed)
 
-    @functools.partial(jax.jit, static_argnums=(0, 1))
     def layer(index, train):
         bound = model.bind({"params": params}, rngs={"dropout": jax.random.key(0)})
         return bound.Transformer(tokens, None, None, train, first=index, last=index + 1)
 
     # The rate grows from 0 in the first layer to the config's in the last.
-    np.testing.assert_allclose(layer(0, True), layer(0, False), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(layer(0, True), layer(0, False), atol=1e-6)
     block = model.bind({"params": params}, rngs={"dropout": jax.random.key(0)})
     after, _ = block.Transformer.encoderblock[1](tokens, None, None, 0.5, True)
     untouched = np.isclose(after, tokens, atol=1e-6).all(axis=(1, 2))

@@ -51,9 +51,9 @@ class Dense(nn.Module):
         features = (self.features,) if isinstance(self.features, int) else self.features
         shape = (*x.shape[x.ndim - self.axes :], *features)
 
-        def init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+        def init(key: Array, shape: tuple[int, ...]) -> Array:
             flat = math.prod(shape[: self.axes]), math.prod(features)
-            return nn.initializers.lecun_normal()(key, flat, dtype).reshape(shape)
+            return nn.initializers.lecun_normal()(key, flat).reshape(shape)
 
         kernel = parameter(self, "kernel", init, shape)
         bias = parameter(self, "bias", nn.initializers.zeros, features) if self.use_bias else None

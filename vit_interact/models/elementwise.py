@@ -120,8 +120,8 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalises each token."""
         width = x.shape[-1:]
-        scale = parameter(self, "scale", nn.initializers.ones, width)
-        bias = parameter(self, "bias", nn.initializers.zeros, width)
+        scale = parameter(self, "scale", nn.initializers.ones, width, jnp.float32)
+        bias = parameter(self, "bias", nn.initializers.zeros, width, jnp.float32)
         # XLA's CPU takes four times as long for the derivative of one image's `[1, N, D]`.
         alone = x.reshape(x.shape[1:]) if x.ndim > 2 and len(x) == 1 else x
         wide = alone.astype(jnp.promote_types(x.dtype, jnp.float32))

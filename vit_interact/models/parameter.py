@@ -17,7 +17,7 @@ def parameter(
     name: str,
     init: Callable[..., Array],
     shape: tuple[int, ...],
-    dtype: Any = jnp.float32,
+    *more: Any,
 ) -> Float[Array, ...]:
     """`module.param`, with the shape of what is there compared and not traced.
 
@@ -27,15 +27,15 @@ def parameter(
     Args:
       module: whose parameter it is, while it runs or is set up.
       name: of the parameter.
-      init: takes a key, `shape` and `dtype`.
+      init: takes a key, `shape` and `more`.
       shape: of the parameter.
-      dtype: of a new one; one that is there keeps its own.
+      *more: for `init`, as the type of a new parameter; one that is there keeps its own.
 
     Raises:
       flax.errors.ScopeParamShapeError: when what is there has another shape.
     """
     if not module.has_variable("params", name):
-        return module.param(name, init, shape, dtype)
+        return module.param(name, init, shape, *more)
     value: Any = module.get_variable("params", name)
     if isinstance(value, meta.AxisMetadata):
         value = value.unbox()

@@ -112,11 +112,9 @@ class GivenWindows(nn.Module):
     def __call__(self, mask: Bool[Array, ...] | None) -> Bool[Array, ...]:
         """Adds the windows to what restricts attention already."""
         layout = self.layout
-
-        def whole(_: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-            return jnp.broadcast_to(jnp.asarray([0, 0, layout.rows, layout.cols], dtype), shape)
-
-        windows = parameter(self, "windows", whole, (layout.num_patches, 4))
+        whole = np.tile([0, 0, layout.rows, layout.cols], (layout.num_patches, 1))
+        start = lambda *_: jnp.asarray(whole, jnp.float32)  # noqa: E731
+        windows = parameter(self, "windows", start, whole.shape)
         inside = window_mask(jnp.round(windows).astype(jnp.int32), layout)
         return inside if mask is None else inside & mask
 
