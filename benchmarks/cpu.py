@@ -49,10 +49,10 @@ DERIVATIVES = "derivatives of GELU and LayerNorm as JAX makes them"
 def without() -> dict[str, list[AbstractContextManager[Any]]]:
     """By name, what takes one thing away while a program is traced."""
     axes = mock.patch.object(dense, "dense", _in_their_axes)
-    plain = {name: function.fun for name, function in ACTIVATION_FUNCTIONS.items()}  # type: ignore[attr-defined]
+    plain = {name: function.__wrapped__.fun for name, function in ACTIVATION_FUNCTIONS.items()}  # type: ignore[attr-defined]
     kept = [
         mock.patch.dict(ACTIVATION_FUNCTIONS, plain),
-        mock.patch.object(elementwise, "standardise", elementwise.standardise.fun),
+        mock.patch.object(elementwise, "standardise", elementwise._standardise.fun),
     ]
     erfc = mock.patch.dict(ACTIVATION_FUNCTIONS, gelu=lambda x: nn.gelu(x, approximate=False))
     fused = mock.patch.object(vit, "computed_once", lambda x: x)

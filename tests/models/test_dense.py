@@ -51,7 +51,8 @@ def test_tokens_are_one_axis_and_heads_another():
     layer = Dense((2, 3))
     params = layer.init(jax.random.key(0), jnp.ones((2, 3, 4)))
     jaxpr = jax.make_jaxpr(layer.apply)(params, jnp.ones((2, 3, 4)))
-    (product,) = (e for e in jaxpr.eqns if e.primitive.name == "dot_general")
+    (program,) = (e.params["jaxpr"] for e in jaxpr.eqns if "jaxpr" in e.params)
+    (product,) = (e for e in program.eqns if e.primitive.name == "dot_general")
     assert [v.aval.shape for v in product.invars] == [(6, 4), (4, 6)]
 
 

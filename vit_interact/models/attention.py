@@ -75,6 +75,8 @@ class Taps:
             raise ValueError(f"attention cannot sow {unknown}; it can sow {KINDS}")
 
 
+# A program of its own, as is the backward pass: the layers of a model share one trace.
+@functools.partial(jax.jit, static_argnums=0)
 def _attend(taps: Taps, inputs: tuple[Any, ...]) -> tuple[Array, dict[str, Any]]:
     """Each head's output, and what `taps` asks for of the forward pass."""
     if isinstance(taps.blocks, QueryBlocks) and taps.reduce is None:
@@ -106,6 +108,7 @@ def _attend_with_sinks_fwd(taps: Taps, sinks: Any, inputs: tuple[Any, ...]) -> t
     return (output, sown), (output, inputs)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _attend_with_sinks_bwd(
     taps: Taps, kept: tuple[Any, ...], gradients: tuple[Array, Any]
 ) -> tuple[Any, ...]:

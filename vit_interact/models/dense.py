@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
@@ -13,6 +15,7 @@ from jaxtyping import Array, Float
 from vit_interact.models.parameter import parameter
 
 
+@functools.partial(jax.jit, static_argnums=3)
 def dense(
     x: Float[Array, ...], kernel: Float[Array, ...], bias: Float[Array, ...] | None, axes: int
 ) -> Float[Array, ...]:

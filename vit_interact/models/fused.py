@@ -38,12 +38,28 @@ def fused_attention(
     NVIDIA's GPUs get cuDNN's flash attention where it knows type and width and nothing is masked;
     jax chooses it for nobody. Its derivative is of reverse mode, once.
     """
+    if blocks is None:
+        *batch, queries, heads, _ = query.shape
+        shape = (math.prod(batch), heads, queries, key.shape[-3])
+        blocks = suitable_blocks(*shape)
+        if blocks is not None and bias is None and on_cpu():
+            blocks = blocks_over_heads(*shape, maps=False)
+    cudnn = mask is None and bias is None and cudnn_takes(query, key, value)
+    return _fused_attention(query, key, value, mask, bias, blocks=blocks, cudnn=cudnn)
+
+
+# A program of its own: the layers of a model share one trace of it.
+@functools.partial(jax.jit, static_argnames=("blocks", "cudnn"))
+def _fused_attention(
+    query: Array, key: Array, value: Array, mask: Array | None, bias: SeparableBias | None,
+    *, blocks: QueryBlocks | None, cudnn: bool,
+) -> Array:  # fmt: skip
     plain = functools.partial(_plain_attention, blocks=blocks)
     if bias is not None:
         return plain(query, key, value, mask, bias)
     given = () if mask is None else (mask,)
     ways: dict[str, Callable[..., Array]] = {"cpu": plain}
-    if mask is None and cudnn_takes(query, key, value):
+    if cudnn:
         ways["cuda"] = cudnn_attention
     return lax.platform_dependent(query, key, value, *given, **ways, default=_dot_product_attention)
 
@@ -115,13 +131,7 @@ def _plain_attention(
     *,
     blocks: QueryBlocks | None,
 ) -> Array:
-    """The same output by products and softmax, in blocks where there are many tokens."""
-    *batch, queries, heads, _ = query.shape
-    if blocks is None:
-        shape = (math.prod(batch), heads, queries, key.shape[-3])
-        blocks = suitable_blocks(*shape)
-        if blocks is not None and bias is None and on_cpu():
-            blocks = blocks_over_heads(*shape, maps=False)
+    """The same output by products and softmax, all at once or in blocks."""
     if blocks is None:
         full = None if bias is None else bias.full(key.shape[-3])
         return explicit_attention(query, key, value, full, mask, scale_output=True).output
