@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common
-from vit_interact.interactions.windows import window_area
+from vit_interact.interactions.window_masks import window_area
 from vit_interact.layout import TokenLayout
 from vit_interact.models import pallas_boxes, pallas_windows
 from vit_interact.models.fused import fused_attention

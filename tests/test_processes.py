@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from vit_interact.processes import deaf_to_interrupts
+from vit_interact.processes import deaf_to_interrupts, remember_interrupts
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of a terminal")
 DEAF = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))"
@@ -50,3 +50,33 @@ def test_processes_started_within_are_deaf():
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             found = pool.apply(signal.pthread_sigmask, (signal.SIG_BLOCK, ()))
     assert signal.SIGINT in found
+
+
+DROPPED = """
+import signal
+from vit_interact.processes import remember_interrupts, stop_if_interrupted
+
+class Callback:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+remember_interrupts()
+stop_if_interrupted()
+Callback()
+print("went on")
+stop_if_interrupted()
+print("went on again")
+"""
+
+
+def test_an_interrupt_that_python_drops_is_not_forgotten():
+    ran = subprocess.run([sys.executable, "-c", DROPPED], capture_output=True, text=True)
+    assert ran.stdout == "went on\n"
+    assert "Exception ignored" in ran.stderr and ran.returncode
+
+
+def test_interrupts_that_a_shell_has_ignored_stay_so(interruptible):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    remember_interrupts()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN

@@ -9,10 +9,39 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
+
+
+_interrupted = threading.Event()
+
+
+def remember_interrupts() -> None:
+    """Has `stop_if_interrupted` know of every Ctrl-C from now on, which interrupts as before.
+
+    Python drops the exception where Ctrl-C meets a callback, such as JAX has in the garbage
+    collector: the command would go on as if nothing had been said.
+    """
+
+    def interrupt(number: int, frame: Any) -> None:
+        _interrupted.set()
+        signal.default_int_handler(number, frame)
+
+    # Where a shell started this with Ctrl-C ignored, as in the background, it stays so.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
+
+
+def stop_if_interrupted() -> None:
+    """For loops to ask.
+
+    Raises:
+      KeyboardInterrupt: if there was a Ctrl-C since `remember_interrupts`.
+    """
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
 
 
 def leave_interrupted() -> NoReturn:

@@ -9,6 +9,7 @@ before the next batch.
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -18,6 +19,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -133,8 +135,10 @@ def analyze_folder(
                 dataset = analyze_pictures(
                     checkpoint, pictures, names, batch_size, **options.for_analyze()
                 )
+                drawn = render(dataset, out)
                 folder.append(dataset)
-                render(dataset, out)
+                for figures in drawn:
+                    figures.result()
                 folder.commit(good)
             done += len(good)
             advance(len(chunk))
@@ -176,23 +180,26 @@ def _render_one(one: xr.Dataset, out: Path, part: int = 0, parts: int = 1) -> No
 
 def _start_worker() -> None:
     end_with_parent()
+    # Python would take a second to take Matplotlib and pandas down again.
+    atexit.register(os._exit, 0)
     import vit_interact.viz.figures  # noqa: F401
 
 
 @contextlib.contextmanager
-def _renderer(images: int) -> Iterator[Callable[[Any, Path], None]]:
-    """Draws a batch's figures, in other processes where that pays.
+def _renderer(images: int) -> Iterator[Callable[[Any, Path], list[Future[None]]]]:
+    """Draws a batch's figures, in other processes where that pays; gives what is not drawn yet.
 
-    It does when there are many, and when Matplotlib is not imported yet: that takes as long as
+    It pays when there are many, and when Matplotlib is not imported yet: that takes as long as
     measuring an image, and other processes do it meanwhile.
     """
     workers = min(4, os.cpu_count() or 1)
     ready = "matplotlib.figure" in sys.modules or workers == 1
     if not images or (images < _POOL_FROM and ready):
 
-        def render(dataset: xr.Dataset, out: Path) -> None:
+        def render(dataset: xr.Dataset, out: Path) -> list[Future[None]]:
             for index in range(dataset.sizes["image"]):
                 _render_one(dataset.isel(image=index), out)
+            return []
 
         yield render
         return
@@ -203,17 +210,15 @@ def _renderer(images: int) -> Iterator[Callable[[Any, Path], None]]:
             for _ in range(workers):
                 pool.submit(os.getpid)  # a worker starts when there is something to do
 
-        def render_in_pool(dataset: xr.Dataset, out: Path) -> None:
+        def render_in_pool(dataset: xr.Dataset, out: Path) -> list[Future[None]]:
             count = dataset.sizes["image"]
             parts = max(1, workers // count)
             each = [dataset.isel(image=index).load() for index in range(count)]
-            drawn = [
+            return [
                 pool.submit(_render_one, one, out, part, parts)
                 for one in each
                 for part in range(parts)
             ]
-            for figures in drawn:
-                figures.result()
 
         yield render_in_pool
 

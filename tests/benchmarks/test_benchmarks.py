@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import vit_interact as vi
-from benchmarks import common
+from benchmarks import common, tracing
 from benchmarks.fields import plain
 from vit_interact.layout import TokenLayout
 from vit_interact.models import cpu
@@ -92,6 +92,13 @@ def test_heads(run):
     rows = run("heads", "--sizes", "2x5x4,1x7x2", "--repeats", "1")
     assert [row["at_a_time"] for row in rows] == [2, 1]
     positive(rows, "forward", "cpu_forward", "leave_one_out", "edge", "cpu_gradient")
+
+
+@pytest.mark.slow
+def test_tracing(run, shallow):
+    rows = run("tracing", "--model", "vit_ti16", "--repeats", "1")
+    assert [row["way"] for row in rows[:3]] == list(tracing.WAYS)
+    positive(rows, "cpu_s", "ratio")
 
 
 @pytest.mark.slow

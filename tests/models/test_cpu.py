@@ -101,7 +101,7 @@ def test_each_size_is_compiled_once(many_rows):
         traced.append(x.shape)
         return 2 * x
 
-    program = jit(double, batch=lambda x: (model, len(x)))
+    program = jit(lambda x: (model, len(x)))(double)
     for count in (3, 3, 2, 2, 3):
         np.testing.assert_array_equal(program(jnp.ones(count)), 2 * np.ones(count))
     assert traced == [(3,), (2,)]

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_interact.interactions.windows import window_mask
+from vit_interact.interactions.window_masks import window_mask
 from vit_interact.models.attend import explicit_attention
 
 H, K = 2, 6

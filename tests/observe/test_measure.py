@@ -37,6 +37,18 @@ def test_measure_equals_compute_of_captures(member):
         close(maps[name], jax.jit(functools.partial(vx.compute, name))(captures))
 
 
+@pytest.mark.parametrize("indicator", ["leave_one_out", "edge"])
+def test_layers_share_the_traces_of_their_parts(indicator):
+    """A deeper model has no more functions within its program: each was traced once."""
+
+    def functions(depth):
+        model, params, images = tiny(depth=depth)
+        measure = jax.jit(lambda params: vi.measure(model, params, images, indicator))
+        return measure.lower(params).as_text().count("func.func")
+
+    assert functions(2) == functions(3)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -16,7 +16,8 @@ from vit_interact.data.augment import Augment
 from vit_interact.data.preprocess import Preprocess
 from vit_interact.interactions.boxes import clipped_boxes, iou, window_guidance
 from vit_interact.interactions.views import patch_view
-from vit_interact.interactions.windows import smallest_windows, window_area
+from vit_interact.interactions.window_masks import window_area
+from vit_interact.interactions.windows import smallest_windows
 from vit_interact.models.config import WindowConfig
 from vit_interact.models.winft import to_winft, without_windows
 from vit_interact.survey.offsets import maps_of_kernel, offset_windows

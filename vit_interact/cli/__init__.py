@@ -10,7 +10,7 @@ import typer
 from vit_interact.cli import analyze, models, report, statistics, verify
 from vit_interact.cli.shell import app
 from vit_interact.heap import keep_freed_memory
-from vit_interact.processes import INTERRUPTED, leave_interrupted
+from vit_interact.processes import INTERRUPTED, leave_interrupted, remember_interrupts
 
 __all__ = ["analyze", "app", "main", "models", "report", "statistics", "verify"]
 
@@ -18,6 +18,7 @@ __all__ = ["analyze", "app", "main", "models", "report", "statistics", "verify"]
 def main() -> None:
     """Entry point of `vit-interact`."""
     keep_freed_memory()
+    remember_interrupts()
     # While JAX, its programs and Matplotlib come in, by far the most objects are there to stay:
     # Python's default has it look through all of them six times for garbage, 0.6 s of 5.
     gc.set_threshold(100_000, 10, 10)

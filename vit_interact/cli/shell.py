@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from vit_interact.processes import INTERRUPTED
+from vit_interact.processes import INTERRUPTED, stop_if_interrupted
 
 if TYPE_CHECKING:
     from vit_interact.models.weights import Checkpoint
@@ -100,6 +100,7 @@ def progress(
 
         def advance(images: float | int) -> None:
             nonlocal done
+            stop_if_interrupted()
             done = round(done + images, 6)  # shares of an image add up to less than it
             bar.update(task, completed=done, description=what if images else None)
 

@@ -24,12 +24,8 @@ from vit_interact.interactions.removal import received_impact, removal_order
 from vit_interact.interactions.statistics import Statistics
 from vit_interact.interactions.streaming import Fields, fields_of_map
 from vit_interact.interactions.views import combine_layers, normalise_rows, patch_view
-from vit_interact.interactions.windows import (
-    coverage_map,
-    smallest_windows,
-    window_area,
-    window_mask,
-)
+from vit_interact.interactions.window_masks import coverage_map, window_area, window_mask
+from vit_interact.interactions.windows import smallest_windows
 
 __all__ = [
     "INDICATORS",

@@ -74,32 +74,48 @@ def _known_here() -> bool:
     return True
 
 
-def jit(
-    function: Callable[..., Any], batch: Callable[..., tuple[Any, int]], **options: Any
-) -> Callable[..., Any]:
+class Program:
     """`jax.jit` with the `compiler_options` that suit the arguments.
 
     Within another program, whose options hold, or a derivative, it is `jax.jit`.
-
-    Args:
-      function: to compile.
-      batch: model and number of images, from its arguments.
-      options: of `jax.jit`.
     """
-    plain = jax.jit(function, **options)
 
-    @functools.cache
-    def program(chosen: tuple[tuple[str, str], ...]) -> Callable[..., Any]:
-        return jax.jit(function, compiler_options=dict(chosen), **options)
+    def __init__(
+        self, function: Callable[..., Any], batch: Callable[..., tuple[Any, int]], **options: Any
+    ) -> None:
+        """Compiles nothing yet.
 
-    @functools.wraps(function)
-    def call(*arguments: Any, **named: Any) -> Any:
-        chosen = compiler_options(*batch(*arguments, **named))
+        Args:
+          function: to compile.
+          batch: model and number of images, from its arguments.
+          options: of `jax.jit`.
+        """
+        self._batch = batch
+        self._plain = jax.jit(function, **options)
+        self._with = functools.cache(
+            lambda chosen: jax.jit(function, compiler_options=dict(chosen), **options)
+        )
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """Runs it."""
+        return self._for(arguments, named)(*arguments, **named)
+
+    def lower(self, *arguments: Any, **named: Any) -> jax.stages.Lowered:
+        """What the compiler would be given."""
+        return self._for(arguments, named).lower(*arguments, **named)
+
+    def _for(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        chosen = compiler_options(*self._batch(*arguments, **named))
         if not chosen or _traced(arguments, named):
-            return plain(*arguments, **named)
-        return program(tuple(chosen.items()))(*arguments, **named)
+            return self._plain
+        return self._with(tuple(chosen.items()))
 
-    return call
+
+def jit(
+    batch: Callable[..., tuple[Any, int]], **options: Any
+) -> Callable[[Callable[..., Any]], Program]:
+    """Decorates a function as a `Program`."""
+    return lambda function: Program(function, batch, **options)
 
 
 def _traced(*arguments: Any) -> bool:

@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from vit_interact.interactions.windows import window_mask
+from vit_interact.interactions.window_masks import window_mask
 from vit_interact.layout import TokenLayout
 from vit_interact.models.attend import explicit_attention
 from vit_interact.models.fused import fused_attention

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from vit_interact.interactions.boxes import hard_windows, soft_window
-from vit_interact.interactions.windows import window_mask
+from vit_interact.interactions.window_masks import window_mask
 from vit_interact.layout import TokenLayout
 from vit_interact.models.bias import SeparableBias
 from vit_interact.models.config import ViTConfig, WindowConfig

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import concurrent.futures
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from vit_interact.interactions import fields, indicators, removal, views, windows
+from vit_interact.interactions import fields, indicators, removal, views, window_masks, windows
 from vit_interact.interactions.boxes import clipped_boxes
 from vit_interact.layout import TokenLayout
 from vit_interact.models.cpu import jit
@@ -102,10 +102,15 @@ def analyze(
         indicators.check_name(name)
     chosen = choose_layers(model, params, images, layers)
     function, classes = make_score(score, images.shape[0])
-    found = _analyze(model, params, images, classes, names, chosen, function, layout)
+    program = _analyze.lower(model, params, images, classes, names, chosen, function, layout)
+    with concurrent.futures.ThreadPoolExecutor(1) as meanwhile:
+        # The compiler leaves the interpreter to others.
+        ready = meanwhile.submit(_prepare, program.out_info["rows"], layout, float(coverage))
+        found = program.compile()(params, images, classes)
+        ready.result()
     boxes = windows.smallest_windows(found["rows"], layout, float(coverage))
-    of_rows = {"window": boxes, "area": windows.window_area(boxes, layout)}
-    import xarray as xr  # A third of a second, of which the device needs a part.
+    of_rows = {"window": boxes, "area": window_masks.window_area(boxes, layout)}
+    import xarray as xr
 
     found, of_rows = jax.tree.map(np.asarray, (found, of_rows))
     for name, flat in {"interaction": found["rows"], **of_rows}.items():
@@ -156,12 +161,17 @@ def analyze(
     )
 
 
+def _prepare(rows: Any, layout: TokenLayout, coverage: float) -> None:
+    """What comes behind the large program, where that must be compiled first."""
+    windows.prepare_windows(rows, layout, coverage)
+    import xarray  # noqa: F401
+
+
 def _combined_unit(name: str) -> str:
     return "share of the row" if name == "interaction" else "mean of layers"
 
 
-@functools.partial(
-    jit,
+@jit(
     batch=lambda model, params, images, *_: (model, images.shape[0]),
     static_argnames=("model", "names", "layers", "score", "layout"),
 )

@@ -182,8 +182,7 @@ def _checked(
     return names, choose_layers(model, params, images, layers), *make_score(score, images.shape[0])
 
 
-@functools.partial(
-    jit,
+@jit(
     batch=lambda model, params, images, *_: (model, images.shape[0]),
     static_argnames=("model", "names", "layers", "score", "blocks", "fields"),
 )

@@ -16,7 +16,8 @@ from vit_interact.interactions.fields import responsive_field
 from vit_interact.interactions.indicators import NEEDS, check_name, roll
 from vit_interact.interactions.statistics import Statistics
 from vit_interact.interactions.views import patch_view
-from vit_interact.interactions.windows import smallest_windows, window_area
+from vit_interact.interactions.window_masks import window_area
+from vit_interact.interactions.windows import smallest_windows
 from vit_interact.layout import TokenLayout
 from vit_interact.models.attend import Attended
 from vit_interact.models.attention import Taps

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import importlib.metadata
 import os
@@ -160,8 +159,7 @@ class Survey:
         return dataset
 
 
-@functools.partial(
-    jit,
+@jit(
     batch=lambda *arrays, model, **_: (model, arrays[-1].shape[0]),
     static_argnames=("design", "model", "preprocess", "mesh"),
 )

@@ -22,7 +22,8 @@ from vit_interact.interactions.boxes import box_area, clipped_boxes, iou, window
 from vit_interact.interactions.controls import local_windows, random_windows, shifted_windows
 from vit_interact.interactions.indicators import check_name
 from vit_interact.interactions.views import patch_view
-from vit_interact.interactions.windows import smallest_windows, window_mask
+from vit_interact.interactions.window_masks import window_mask
+from vit_interact.interactions.windows import smallest_windows
 from vit_interact.layout import TokenLayout
 from vit_interact.models.config import WindowConfig
 from vit_interact.models.vit import ViT

@@ -16,7 +16,8 @@ from vit_interact.interactions.controls import (
     random_windows,
 )
 from vit_interact.interactions.views import combine_layers, patch_view
-from vit_interact.interactions.windows import smallest_windows, window_area, window_mask
+from vit_interact.interactions.window_masks import window_area, window_mask
+from vit_interact.interactions.windows import smallest_windows
 from vit_interact.layout import TokenLayout
 from vit_interact.verify.subject import Subject
 
