@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from vit_interact.interactions import window_masks as wm
 from vit_interact.interactions import windows as wd
 from vit_interact.layout import TokenLayout
 
@@ -239,7 +240,7 @@ def test_wrong_shapes_are_refused():
     with pytest.raises(ValueError, match="patch_indicator has shape"):
         wd.smallest_windows(np.ones((5, 5), np.float32), TokenLayout(2, 2))
     with pytest.raises(ValueError, match="windows have shape"):
-        wd.window_mask(np.ones((5, 4), np.int32), TokenLayout(2, 2))
+        wm.window_mask(np.ones((5, 4), np.int32), TokenLayout(2, 2))
 
 
 def random_windows(layout, batch=()):
@@ -261,7 +262,7 @@ def random_windows(layout, batch=()):
 def test_window_mask_opens_the_box_and_the_prefix(prefix):
     layout = TokenLayout(3, 4, prefix)
     windows = random_windows(layout, (2,))
-    mask = np.asarray(wd.window_mask(windows, layout))
+    mask = np.asarray(wm.window_mask(windows, layout))
     assert mask.shape == (2, layout.num_tokens, layout.num_tokens)
     assert mask.dtype == bool
     assert mask[:, :prefix].all()
@@ -275,7 +276,7 @@ def test_window_mask_opens_the_box_and_the_prefix(prefix):
 def test_area_and_coverage_map():
     layout = TokenLayout(3, 4)
     windows = random_windows(layout, (2,))
-    inside = np.asarray(wd.window_mask(windows, TokenLayout(3, 4, 0)))
-    np.testing.assert_allclose(wd.window_area(windows, layout), inside.sum(-1) / 12, rtol=1e-6)
-    np.testing.assert_allclose(wd.coverage_map(windows, layout), inside.sum(-2) / 12, rtol=1e-6)
-    assert wd.coverage_map(windows, layout).min() >= np.float32(1 / 12)
+    inside = np.asarray(wm.window_mask(windows, TokenLayout(3, 4, 0)))
+    np.testing.assert_allclose(wm.window_area(windows, layout), inside.sum(-1) / 12, rtol=1e-6)
+    np.testing.assert_allclose(wm.coverage_map(windows, layout), inside.sum(-2) / 12, rtol=1e-6)
+    assert wm.coverage_map(windows, layout).min() >= np.float32(1 / 12)
