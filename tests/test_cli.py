@@ -162,6 +162,7 @@ def test_same_command_skips_and_new_images_are_added(tmp_path, weights):
     assert list(dataset["image"].values) == ["0.png", "1.png", "more/0.png", "more/1.png"]
 
 
+@pytest.mark.slow
 def test_other_options_do_not_mix(tmp_path, weights):
     images = photographs(tmp_path / "in", 1)
     command = ("analyze", images, "--model", weights, "--out", tmp_path / "out")
@@ -187,6 +188,7 @@ def test_bad_images_are_listed_and_the_rest_goes_on(tmp_path, weights):
     assert "0 analysed, 1 failed" in only_bad.output
 
 
+@pytest.mark.slow
 def test_same_names_in_two_folders(tmp_path, weights):
     first, second = (photographs(tmp_path / name, 1, seed) for seed, name in enumerate("ab"))
     run("analyze", first, second, "--model", weights, "--out", tmp_path / "out")
@@ -238,6 +240,7 @@ def test_score_and_layers_reach_the_measure(tmp_path, weights):
     assert np.abs(a["interaction"] - c["interaction"]).max() > 0
 
 
+@pytest.mark.slow
 def test_weights_without_classes(tmp_path):
     model, params, _ = tiny(num_classes=0)
     path = tmp_path / "features.safetensors"

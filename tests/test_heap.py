@@ -34,6 +34,7 @@ print(min(counts))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
 def test_temporary_memory_is_filled_once():
     faults = {

@@ -26,6 +26,7 @@ def test_it_is_the_identity():
     assert jax.grad(lambda x: computed_once(x).sum())(half).dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="of XLA's CPU compiler")
 def test_each_layer_reads_as_much_as_the_one_before():
     """Were sums over later layers repeated, bytes would grow with the square of the depth."""
@@ -71,6 +72,7 @@ def test_products_are_chosen_by_tokens_and_type(many_rows, monkeypatch):
     assert not compiler_options(model, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not cpu._known_here(), reason="this jaxlib does not know the option")
 def test_measure_is_the_same_with_other_products(many_rows, monkeypatch):
     """And it can be traced and differentiated, which jax forbids programs that have options."""

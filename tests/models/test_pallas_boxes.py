@@ -44,6 +44,7 @@ def test_equals_a_mask_with_its_derivatives(layout, make, reach):
     equals_a_mask(attend, layout, windows)
 
 
+@pytest.mark.slow
 def test_bf16_and_vmap():
     layout = TokenLayout(12, 17, 1)
     q, k, v, g = inputs(layout)

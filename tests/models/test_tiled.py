@@ -45,7 +45,7 @@ def in_tiles(names, tiles, q, k, v, w, g):
     return attend_in_tiles((q, k, v, None, None, w), tiles, reduce, g)
 
 
-@pytest.mark.parametrize("kernels", ["tpu", "gpu"])
+@pytest.mark.parametrize("kernels", ["gpu", pytest.param("tpu", marks=pytest.mark.slow)])
 def test_tiles_equal_all_at_once_where_keys_dominate(kernels):
     arguments = layer(batch=(1, 2))
     weights = np.asarray(explicit_attention(*arguments[:3]).weights)

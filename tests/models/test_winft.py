@@ -206,7 +206,14 @@ def test_half_precision_is_near():
     assert float(jnp.abs(found - exact).max()) < 0.1 * float(jnp.abs(exact).max())
 
 
-@pytest.mark.parametrize("fields", [{}, {"remat": True}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        pytest.param({"remat": True}, marks=pytest.mark.slow),
+        pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.slow),
+    ],
+)
 def test_training_takes_little_more_memory_than_explicit_attention(fields):
     fields = {"image_size": 160, "heads": 3, "depth": 2, "num_classes": 10, **fields}
     model = vi.create_model("vit_ti16", **fields)
@@ -225,6 +232,7 @@ def test_training_takes_little_more_memory_than_explicit_attention(fields):
     assert held(ours) < 1.15 * held(model.clone(taps=Taps()))
 
 
+@pytest.mark.slow
 def test_many_tokens_are_worked_on_in_blocks(monkeypatch):
     model, params, images = make(image_size=(64, 96), depth=1, windows=WindowConfig())
     params = turned(params)

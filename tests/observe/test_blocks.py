@@ -35,6 +35,7 @@ def test_blocks_measure_the_same(options):
         close(found[name], expected[name])
 
 
+@pytest.mark.slow
 def test_blocks_serve_kept_patches_and_predicted_windows():
     model, params, images = tiny()
     keep = np.array([[0, 3, 7], [1, 2, 11]], np.int32)
@@ -120,7 +121,9 @@ def test_second_derivatives_of_blocks():
         np.testing.assert_allclose(one, other, atol=2e-5 * scale, rtol=0)
 
 
-@pytest.mark.parametrize(("name", "maps"), [("leave_one_out", 4), ("edge", 6)])
+@pytest.mark.parametrize(
+    ("name", "maps"), [("leave_one_out", 4), pytest.param("edge", 6, marks=pytest.mark.slow)]
+)
 def test_memory_at_1024_patches(name, maps, monkeypatch):
     """Two layers of 6 heads: blocks take a few maps `[N, N]`, less than one layer's weights."""
     model, _, _ = tiny()

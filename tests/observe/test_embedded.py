@@ -46,7 +46,7 @@ def changes(captures, layer, head):
     return (output - weights * values[None]) / (1 - weights) - output
 
 
-@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("layer", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_first_layers_against_float64(exact, layer):
     """Their weights reach 1.0000, where the plain formula is wrong by a factor in float32."""
     heads = exact.weights.shape[2]

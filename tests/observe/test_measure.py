@@ -54,7 +54,7 @@ def test_layers_share_the_traces_of_their_parts(indicator):
     [
         pytest.param({"scan": True}, marks=pytest.mark.slow),
         pytest.param({"remat": True}, marks=pytest.mark.slow),
-        {"scan": True, "remat": True},
+        pytest.param({"scan": True, "remat": True}, marks=pytest.mark.slow),
     ],
 )
 def test_scan_and_remat_measure_and_capture_the_same(options):
@@ -202,7 +202,12 @@ def test_bf16_compute_is_close():
 
 
 @pytest.mark.parametrize(
-    ("indicator", "batch"), [("attention", 8), ("leave_one_out", 8), ("leave_one_out", 1)]
+    ("indicator", "batch"),
+    [
+        pytest.param("attention", 8, marks=pytest.mark.slow),
+        ("leave_one_out", 8),
+        pytest.param("leave_one_out", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_temporary_memory_is_that_of_the_forward_pass(indicator, batch):
     """vit_s16 at 224, all layers; the maps themselves are outputs, not temporaries."""

@@ -135,6 +135,7 @@ def load_survey_of(one):
     return load_survey(one.out)[1]
 
 
+@pytest.mark.slow
 def test_devices_batches_and_padding_do_not_matter(tmp_path, checkpoint, examples):
     devices = jax.devices()
     assert len(devices) == 8
@@ -306,6 +307,7 @@ def test_two_processes_are_one(tmp_path, weights):
     assert json.dumps(about)
 
 
+@pytest.mark.slow
 def test_a_backbone_and_a_flat_folder(tmp_path):
     model, params, _ = tiny(num_classes=0)
     weights = tmp_path / "backbone.safetensors"

@@ -90,6 +90,7 @@ def about(start, end):
             "ranges": [[start, end]]}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_stores_from_before_values_still_open(tmp_path, tiny_survey):
     _, _, _, design, statistics = tiny_survey
     old = dataclasses.replace(design, values=False)

@@ -1,7 +1,12 @@
 """Which checkpoints stay, and which is the best, also after a restart."""
 
+import logging
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit_interact.train.checkpoint import Checkpoints
 from vit_interact.train.state import TrainState, no_metrics
@@ -46,3 +51,27 @@ def test_without_validation_there_is_no_best(tmp_path):
         other.save(state(4), {"config": {"a": 1}}, None)
         other.wait()
         other.resume(state(0), {"a": 2}, "error")
+
+
+def test_what_all_devices_hold_is_copied_and_not_cut_up(tmp_path, caplog):
+    """Orbax by itself compiles a slice for each device and shape, and runs one for each array."""
+    mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    params = {"kernel": jnp.arange(32.0).reshape(8, 4), "bias": jnp.arange(8.0)}
+    whole = TrainState(jnp.asarray(1, jnp.int32), params, (), None, no_metrics())
+    whole = jax.device_put(whole, everywhere)
+    checkpoints = Checkpoints(tmp_path)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        checkpoints.save(whole, {"config": {}}, None)
+        checkpoints.wait()
+    compiled = [line for line in caplog.messages if line.startswith("Compiling")]
+    assert not compiled
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split if x.ndim else everywhere),
+        whole,
+    )
+    loaded = checkpoints.load(1, abstract)
+    checkpoints.close()
+    assert loaded.params["kernel"].sharding == split
+    jax.tree.map(np.testing.assert_array_equal, loaded, whole)

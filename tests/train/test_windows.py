@@ -200,7 +200,7 @@ def test_alongside_measures_windows_as_sharp_as_they_are(model, params):
     assert spread(wide, 0.3) != pytest.approx(spread(wide, None), rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["local", slow("shifted"), slow("random")])
+@pytest.mark.parametrize("kind", [slow("local"), slow("shifted"), slow("random")])
 def test_given_windows_stay_as_they_are(tmp_path, kind):
     lines = run(
         tmp_path, winft__windows=kind, winft__size=(2, 3), checkpoint__export="last", ema=0.9
@@ -337,6 +337,7 @@ def test_pictures_of_windows(tmp_path):
     assert events.read_bytes().count(b"PNG") == 2
 
 
+@pytest.mark.slow
 def test_guidance_by_one_in_eight_images_adds_less_than_a_tenth(model):
     flops = []
     wide = vi.create_model("vit_ti16", num_classes=10, image_size=112, depth=2)

@@ -222,6 +222,7 @@ def test_faithfulness_command(tmp_path, weights):
 QUICK = ("--indicators", "attention", "--tests", "removal", "--interventions", "mask")
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_named_and_left_out(tmp_path, weights):
     data = photographs(tmp_path / "data", each=3)
     broken = data / "dog" / "1.png"

@@ -71,7 +71,7 @@ def test_stages_by_hand():
     assert whole == 2 and math.isclose(rest, 0.8)
 
 
-@pytest.mark.parametrize("name", ["attention", "gradient"])
+@pytest.mark.parametrize("name", ["gradient", pytest.param("attention", marks=pytest.mark.slow)])
 def test_staged_windows_are_measured_again_inside(setting, name):
     """One stage after the other, by hand, outside of `scan` and without sharing a search."""
     subject, params, images, _ = setting
@@ -200,7 +200,14 @@ def test_staged_order_by_hand():
     assert order.tolist() == [[7, 6, 5, 4, 0, 3, 2, 1]]
 
 
-@pytest.mark.parametrize("name", ["attention", "gradient", "rollout"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gradient",
+        pytest.param("attention", marks=pytest.mark.slow),
+        pytest.param("rollout", marks=pytest.mark.slow),
+    ],
+)
 def test_staged_order_measures_what_is_left(setting, name):
     subject, params, images, _ = setting
     order = np.asarray(removal.staged_by_indicator(subject, params, images, name))
