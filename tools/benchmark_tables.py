@@ -73,6 +73,7 @@ COMMANDS: dict[str, list[str]] = {
     "data_path": ["data_path", "--repeats", "21"],
     "viewer": ["viewer"],
     "start": ["start"],
+    "tracing": ["tracing"],
 }
 COMPILED_ONLY = ("memory", "scaling")  # other programs on the cores change nothing there
 _TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
