@@ -17,7 +17,6 @@ from vit_interact.train.state import TrainState
 
 FOLDER = "checkpoints"
 RECORD = "experiment.json"
-_STATE, _RECORD = "state", "record"
 _METRIC = "accuracy"
 # Of a checkpoint that was not evaluated: worse than any.
 _UNKNOWN = -1.0
@@ -63,8 +62,8 @@ class Checkpoints:
             self.folder.absolute(),
             options=options,
             item_handlers={
-                _STATE: ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
-                _RECORD: ocp.JsonCheckpointHandler(),
+                "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+                "record": ocp.JsonCheckpointHandler(),
             },
         )
 
@@ -82,7 +81,7 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                **{_STATE: ocp.args.PyTreeSave(state), _RECORD: ocp.args.JsonSave(dict(record))}
+                state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(dict(record))
             ),
             # orbax warns on the terminal of every checkpoint that has none.
             metrics={_METRIC: _UNKNOWN if accuracy is None else accuracy},
@@ -110,8 +109,8 @@ class Checkpoints:
 
     def record(self, step: int) -> dict[str, Any]:
         """What run a checkpoint is of."""
-        args = ocp.args.Composite(**{_RECORD: ocp.args.JsonRestore()})
-        return dict(self._manager.restore(step, args=args)[_RECORD])
+        args = ocp.args.Composite(record=ocp.args.JsonRestore())
+        return dict(self._manager.restore(step, args=args)["record"])
 
     def load(self, step: int, abstract: TrainState) -> TrainState:
         """One checkpoint's state.
@@ -123,7 +122,7 @@ class Checkpoints:
         wanted = ocp.args.PyTreeRestore(
             abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
         )
-        return self._manager.restore(step, args=ocp.args.Composite(**{_STATE: wanted}))[_STATE]
+        return self._manager.restore(step, args=ocp.args.Composite(state=wanted))["state"]
 
     def resume(
         self, abstract: TrainState, config: Mapping[str, Any], on_change: str
