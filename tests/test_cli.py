@@ -272,9 +272,12 @@ def test_one_compilation_for_all_batches(tmp_path, weights, caplog):
 
     images = photographs(tmp_path / "in", 5)
     jax.clear_caches()  # Tests before this one, in the same process, may have compiled some of it.
-    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+    # Not `jax.log_compiles()`, which is of this thread: another one compiles, too.
+    jax.config.update("jax_log_compiles", True)
+    with caplog.at_level(logging.WARNING):
         run("analyze", images, "--model", weights, "--out", tmp_path / "out",
             "--batch-size", 2, "--coverage", "0.77")  # fmt: skip
+    jax.config.update("jax_log_compiles", False)
     found = (re.match(r"Finished XLA compilation of jit\((.*?)\)", r) for r in caplog.messages)
     compiled = collections.Counter(match.group(1) for match in found if match)
     analysis = {"_analyze": 1, "_of_all_patches": 1, "window_area": 1}
