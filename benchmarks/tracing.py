@@ -104,9 +104,7 @@ def main() -> None:
         times = common.take_turns({way: turn(function, way) for way in WAYS}, options.repeats)
         for way, time in times.items():
             ratio = time.cpu_ratio(times[AS_IT_IS])
-            report.add(
-                program=name, way=way, cpu_s=float(np.round(time.cpu_seconds, 3)), ratio=ratio
-            )
+            report.add(program=name, way=way, cpu_s=time.cpu_seconds, ratio=ratio)
     report.show(options.json)
 
 
