@@ -153,6 +153,10 @@ def test_how_many_heads(monkeypatch):
 
     assert chosen("attention") is None and chosen("leave_one_out", "value_norm") is None
     assert chosen("leave_one_out", images=images) is None  # of several
+    # Of very many: all heads' weights would take 41 MB.
+    many = jax.ShapeDtypeStruct((20_000, *images.shape[1:]), jnp.float32)
+    assert chosen("leave_one_out", images=many) == QueryBlocks(13, None, 1)
+    assert chosen("attention", images=many) is None
     assert chosen("leave_one_out", "edge") == QueryBlocks(13, None, 1)
     assert chosen("leave_one_out", block=5) == QueryBlocks(5, None, 1)
     assert chosen("dispersion", block=5) == QueryBlocks(5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from vit_interact.interactions.head_terms import TERMS
-from vit_interact.models.attend import QueryBlocks, Tiles, blocks_over_heads, suitable_blocks
+from vit_interact.models.attend import (
+    WEIGHT_BYTES,
+    QueryBlocks,
+    Tiles,
+    blocks_over_heads,
+    suitable_blocks,
+)
 from vit_interact.models.cpu import on_cpu
 from vit_interact.models.fused import cudnn_knows
 from vit_interact.models.vit import ViT
@@ -19,9 +26,11 @@ _KERNELS_PAY = {"attention", "dispersion", "gradient", "edge", "leave_one_out", 
 
 
 # On a CPU a few heads at a time are faster, or as fast in less memory: everything from so many
-# tokens on, and with fewer only this, of one image (docs/kernels.md).
+# tokens on, and with fewer only this, of one image or of so many that all heads' weights take more
+# than that (docs/kernels.md).
 _MANY_TOKENS = 512
 _HEADS_PAY = {"leave_one_out"}
+_MANY_BYTES = 2 * WEIGHT_BYTES
 
 
 def query_blocks(
@@ -38,7 +47,8 @@ def query_blocks(
     whole = suitable_blocks(*shape) if block is None else QueryBlocks(block)
     whole = None if whole is None or whole.size >= tokens else whole
     sums = on_cpu() and config.windows is None and set(names) <= set(TERMS)
-    pay = tokens >= _MANY_TOKENS or (images.shape[0] == 1 and _HEADS_PAY & set(names))
+    many_or_one = images.shape[0] == 1 or 4 * math.prod(shape) > _MANY_BYTES
+    pay = tokens >= _MANY_TOKENS or (many_or_one and _HEADS_PAY & set(names))
     if not sums or (block is None and not pay):
         return whole
     blocks = blocks_over_heads(*shape)
