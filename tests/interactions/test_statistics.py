@@ -182,6 +182,13 @@ def test_bfloat16_entries_are_counted_in_float32():
     assert_matches(statistics, np.asarray(x, np.float32))
 
 
+def test_a_loop_compiles_one_program():
+    """What it begins with has the types that it goes on with, weak ones included."""
+    before = Statistics.empty((3,), edges=EDGES)
+    after = jax.jit(lambda statistics, x: statistics.update(x))(before, jnp.ones((2, 3)))
+    assert jax.tree.map(jax.typeof, before) == jax.tree.map(jax.typeof, after)
+
+
 def test_mistakes_are_named():
     empty = Statistics.empty((2, 3))
     with pytest.raises(ValueError, match="x has shape"):
