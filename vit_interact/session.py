@@ -21,13 +21,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from vit_interact.data.images import ImageError, read_image
-from vit_interact.data.naming import Work, name_files, visible
-from vit_interact.processes import deaf_to_interrupts, end_with_parent
+from vit_interact.data.naming import Work, name_files, slug, visible
+from vit_interact.processes import collect_seldom, deaf_to_interrupts, end_with_parent
+from vit_interact.viz.image_data import ImageData, PlainImage
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
 _IMAGE_CHUNK = {"interaction": 2, "other_interaction": 3, "other_combined_interaction": 2}
 # Rendering in other processes pays only when there is enough of it.
 _POOL_FROM = 12
+
+
+Render: TypeAlias = "Callable[[xr.Dataset, Path], list[Future[None]]]"
+"""Draws a batch's figures into an output folder; gives what is not drawn yet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +97,7 @@ def analyze_folder(
     batch_size: int = 8,
     overwrite: bool = False,
     advance: Callable[[int], None] = lambda images: None,
+    render: Render | None = None,
 ) -> Outcome:
     """Analyses files into `out`, skipping what an earlier run with the same options did.
 
@@ -103,6 +109,7 @@ def analyze_folder(
       batch_size: images at a time; one program is compiled, the last batch is padded.
       overwrite: forget what the folder holds from runs with other options.
       advance: called with a number of images whenever they are finished, skipped or refused.
+      render: of a `renderer` that was begun before; None for one of its own.
 
     Raises:
       ValueError: when the folder holds an analysis with other options or weights.
@@ -126,7 +133,7 @@ def analyze_folder(
     # A few images don't pay for the padding of a large batch.
     batch_size = min(batch_size, max(1, len(todo)))
     done = 0
-    with _renderer(len(todo)) as render:
+    with contextlib.nullcontext(render) if render else renderer(len(todo)) as draw:
         for start in range(0, len(todo), batch_size):
             chunk = todo[start : start + batch_size]
             good, pictures = _decode(chunk, checkpoint, failures)
@@ -135,7 +142,7 @@ def analyze_folder(
                 dataset = analyze_pictures(
                     checkpoint, pictures, names, batch_size, **options.for_analyze()
                 )
-                drawn = render(dataset, out)
+                drawn = draw(dataset, out)
                 folder.append(dataset)
                 for figures in drawn:
                     figures.result()
@@ -170,27 +177,33 @@ def _decode(
     return good, np.stack(pictures) if pictures else np.zeros((0, 1, 1, 3), np.uint8)
 
 
-def _render_one(one: xr.Dataset, out: Path, part: int = 0, parts: int = 1) -> None:
+def _render_one(one: ImageData, folder: Path, part: int = 0, parts: int = 1) -> None:
     from vit_interact.viz.figures import FIGURES, render_image
-    from vit_interact.viz.report import slug
 
-    stems = list(FIGURES)[part::parts]
-    render_image(one, out / "images" / slug(str(one["image"].values)), stems)
+    render_image(one, folder, list(FIGURES)[part::parts])
+
+
+def _folder_of(one: xr.Dataset, out: Path) -> Path:
+    return out / "images" / slug(str(one["image"].values))
 
 
 def _start_worker() -> None:
     end_with_parent()
-    # Python would take a second to take Matplotlib and pandas down again.
+    collect_seldom()
+    # Python would take a second to take Matplotlib down again.
     atexit.register(os._exit, 0)
     import vit_interact.viz.figures  # noqa: F401
 
 
 @contextlib.contextmanager
-def _renderer(images: int) -> Iterator[Callable[[Any, Path], list[Future[None]]]]:
-    """Draws a batch's figures, in other processes where that pays; gives what is not drawn yet.
+def renderer(images: int) -> Iterator[Render]:
+    """Draws figures, in other processes where that pays; what they draw meanwhile are futures.
 
     It pays when there are many, and when Matplotlib is not imported yet: that takes as long as
     measuring an image, and other processes do it meanwhile.
+
+    Args:
+      images: at most, over all batches.
     """
     workers = min(4, os.cpu_count() or 1)
     ready = "matplotlib.figure" in sys.modules or workers == 1
@@ -198,29 +211,41 @@ def _renderer(images: int) -> Iterator[Callable[[Any, Path], list[Future[None]]]
 
         def render(dataset: xr.Dataset, out: Path) -> list[Future[None]]:
             for index in range(dataset.sizes["image"]):
-                _render_one(dataset.isel(image=index), out)
+                one = dataset.isel(image=index)
+                _render_one(one, _folder_of(one, out))
             return []
 
         yield render
         return
+    others = set(multiprocessing.active_children())
     # spawn: forking a process that runs XLA's threads can hang.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker) as pool:
         with deaf_to_interrupts():
             for _ in range(workers):
                 pool.submit(os.getpid)  # a worker starts when there is something to do
+        asked: list[Future[None]] = []
 
         def render_in_pool(dataset: xr.Dataset, out: Path) -> list[Future[None]]:
+            # Here, or the parent would import Matplotlib before it has computed anything.
             count = dataset.sizes["image"]
             parts = max(1, workers // count)
-            each = [dataset.isel(image=index).load() for index in range(count)]
-            return [
-                pool.submit(_render_one, one, out, part, parts)
+            each = (dataset.isel(image=index) for index in range(count))
+            drawn = [
+                pool.submit(_render_one, PlainImage.of(one), _folder_of(one, out), part, parts)
                 for one in each
                 for part in range(parts)
             ]
+            asked.extend(drawn)
+            return drawn
 
-        yield render_in_pool
+        try:
+            yield render_in_pool
+        finally:
+            if not asked:
+                # Nobody waits for imports that nobody needs.
+                for worker in set(multiprocessing.active_children()) - others:
+                    worker.terminate()
 
 
 class _Folder:

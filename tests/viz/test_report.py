@@ -14,6 +14,7 @@ import xarray as xr
 from made_up import make_dataset
 from PIL import Image
 
+from vit_interact.data.naming import slug
 from vit_interact.viz import report
 
 VOID = {"meta", "img", "br", "link", "hr", "input"}
@@ -54,12 +55,12 @@ def test_slugs_are_safe_unique_and_the_same_each_time() -> None:
         "ä.png", "ö.png", "\N{CJK UNIFIED IDEOGRAPH-732B}.png", "x" * 300, "x" * 301,
         "<script>.png", "\udcff.png", "nul\0.png", "-rf", "a\nb",
     ]  # fmt: skip
-    slugs = [report.slug(name) for name in names]
-    assert len({slug.lower() for slug in slugs}) == len(names)
-    assert slugs == [report.slug(name) for name in names]
-    for slug in slugs:
-        assert re.fullmatch(r"[a-z0-9_][a-z0-9_-]{0,56}", slug)
-    assert report.slug("dogs/Rex 1.jpg").startswith("dogs-rex-1-jpg-")
+    slugs = [slug(name) for name in names]
+    assert len({name.lower() for name in slugs}) == len(names)
+    assert slugs == [slug(name) for name in names]
+    for name in slugs:
+        assert re.fullmatch(r"[a-z0-9_][a-z0-9_-]{0,56}", name)
+    assert slug("dogs/Rex 1.jpg").startswith("dogs-rex-1-jpg-")
 
 
 def test_names_and_reasons_stay_text(tmp_path: Path) -> None:
@@ -94,7 +95,7 @@ def test_the_table_holds_the_numbers(oblong: xr.Dataset, tmp_path: Path) -> None
 def test_every_link_leads_to_a_file_or_a_place(square: xr.Dataset, tmp_path: Path) -> None:
     out = tmp_path / "an out #1"
     for name in square["image"].values:
-        folder = out / "images" / report.slug(str(name))
+        folder = out / "images" / slug(str(name))
         folder.mkdir(parents=True)
         for stem in report.FIGURES:
             (folder / f"{stem}.png").touch()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Annotated
 
 import typer
@@ -10,7 +9,12 @@ import typer
 from vit_interact.cli import analyze, models, report, statistics, verify
 from vit_interact.cli.shell import app
 from vit_interact.heap import keep_freed_memory
-from vit_interact.processes import INTERRUPTED, leave_interrupted, remember_interrupts
+from vit_interact.processes import (
+    INTERRUPTED,
+    collect_seldom,
+    leave_interrupted,
+    remember_interrupts,
+)
 
 __all__ = ["analyze", "app", "main", "models", "report", "statistics", "verify"]
 
@@ -19,9 +23,7 @@ def main() -> None:
     """Entry point of `vit-interact`."""
     keep_freed_memory()
     remember_interrupts()
-    # While JAX, its programs and Matplotlib come in, by far the most objects are there to stay:
-    # Python's default has it look through all of them six times for garbage, 0.6 s of 5.
-    gc.set_threshold(100_000, 10, 10)
+    collect_seldom()
     try:
         app()
     except SystemExit as end:

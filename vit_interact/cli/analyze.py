@@ -18,7 +18,7 @@ from vit_interact.cli.shell import (
 
 if TYPE_CHECKING:
     from vit_interact.models.weights import Checkpoint
-    from vit_interact.session import Options, Outcome
+    from vit_interact.session import Options, Outcome, Render
 
 SOME_FAILED = 3
 
@@ -101,18 +101,20 @@ def analyze(
     """
     with one_line_errors():
         from vit_interact.data.images import find_images
-        from vit_interact.session import Options
+        from vit_interact.session import Options, renderer
 
         files = find_images(images)
-        first, *others = names_of(indicator)
-        if not 0 < coverage <= 1:
-            raise ValueError(f"--coverage {coverage}: expected a share in (0, 1]")
-        chosen = _parse_layers(layers)
-        checkpoint = load(model, image_size=image_size, arch=arch)
-        scored = _parse_score(score, checkpoint)
-        options = Options(first, coverage, chosen, scored, tuple(others))
-        _check_score(options, checkpoint)
-        outcome = _analyze(checkpoint, files, out, options, batch_size, overwrite)
+        # Others import Matplotlib while JAX comes in here.
+        with renderer(len(files)) as render:
+            first, *others = names_of(indicator)
+            if not 0 < coverage <= 1:
+                raise ValueError(f"--coverage {coverage}: expected a share in (0, 1]")
+            chosen = _parse_layers(layers)
+            checkpoint = load(model, image_size=image_size, arch=arch)
+            scored = _parse_score(score, checkpoint)
+            options = Options(first, coverage, chosen, scored, tuple(others))
+            _check_score(options, checkpoint)
+            outcome = _analyze(checkpoint, files, out, options, batch_size, overwrite, render)
     _report(outcome, checkpoint, out)
 
 
@@ -132,12 +134,14 @@ def _check_score(options: Options, checkpoint: Checkpoint) -> None:
 
 def _analyze(
     checkpoint: Checkpoint, files: list[Path], out: Path, options: Any, batch_size: int,
-    overwrite: bool,
+    overwrite: bool, render: Render | None = None,
 ) -> Outcome:  # fmt: skip
     from vit_interact.session import analyze_folder
 
     with progress("analysing", len(files)) as advance:
-        return analyze_folder(checkpoint, files, out, options, batch_size, overwrite, advance)
+        return analyze_folder(
+            checkpoint, files, out, options, batch_size, overwrite, advance, render
+        )
 
 
 def _report(outcome: Outcome, checkpoint: Checkpoint, out: Path) -> None:

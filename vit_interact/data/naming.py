@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -52,3 +53,19 @@ def name_files(
 def visible(text: str) -> str:
     """Text that UTF-8 can hold: undecodable bytes of file names as backslash codes."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def slug(image_id: str) -> str:
+    """A folder name for an image: readable, safe on every file system, and its own.
+
+    Args:
+      image_id: any text, such as a file name with its folders.
+
+    Returns:
+      Lower-case ASCII letters, digits, `-` and `_`, at most 57 characters: what is left of the
+      name, and 12 hexadecimal digits of its SHA-256, which keep `a/1.jpg` apart from `a_1.jpg`
+      and `A.jpg` from `a.jpg`.
+    """
+    digest = hashlib.sha256(image_id.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    words = re.sub(r"[^a-z0-9_]+", "-", image_id.lower().encode("ascii", "ignore").decode())
+    return "-".join(part for part in (words[-44:].strip("-_"), digest) if part)

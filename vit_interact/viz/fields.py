@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
@@ -11,6 +10,7 @@ from matplotlib.patheffects import Normal, Stroke
 from matplotlib.quiver import Quiver
 
 from vit_interact.viz import style
+from vit_interact.viz.image_data import ImageData
 from vit_interact.viz.scene import Scene, spread_sample
 from vit_interact.viz.sheet import (
     COLUMN,
@@ -31,7 +31,7 @@ _PLOT = 300.0  # height of the plots of growth, in pixels
 
 
 @style.styled
-def draw_field(data: xr.Dataset) -> Figure:
+def draw_field(data: ImageData) -> Figure:
     """The responsive field: arrows of tendency with a colour wheel, spread, and ellipses.
 
     Args:
@@ -184,7 +184,7 @@ def _draw_ellipses(axes: Axes, scene: Scene) -> None:
 
 
 @style.styled
-def draw_growth(data: xr.Dataset) -> Figure:
+def draw_growth(data: ImageData) -> Figure:
     """Growth with depth: median and quartiles over the patches of spread, area and entropy.
 
     Args:

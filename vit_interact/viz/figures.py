@@ -15,7 +15,6 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
-import xarray as xr
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -24,6 +23,7 @@ from matplotlib.patheffects import Normal, Stroke
 
 from vit_interact.viz import style
 from vit_interact.viz.fields import draw_field, draw_growth
+from vit_interact.viz.image_data import ImageData
 from vit_interact.viz.png import COARSE, LEVELS, render, write
 from vit_interact.viz.predicted import draw_predicted
 from vit_interact.viz.scene import (
@@ -60,7 +60,7 @@ _UNDER_HEAT = 0.8  # brightness of pictures under heat, so that strong colours s
 
 
 @style.styled
-def draw_received_impact(data: xr.Dataset) -> Figure:
+def draw_received_impact(data: ImageData) -> Figure:
     """How much every patch matters to the others: picture, overlay, map, and each layer.
 
     Args:
@@ -164,7 +164,7 @@ def _draw_layers(sheet: Sheet, scene: Scene, cell: tuple[Pixels, Pixels]) -> Non
 
 
 @style.styled
-def draw_interaction(data: xr.Dataset) -> Figure:
+def draw_interaction(data: ImageData) -> Figure:
     """What the strongest patches take from the others, each with its window.
 
     Six patches of high received impact, close neighbours skipped. The patch itself is outlined and
@@ -250,7 +250,7 @@ def _box(box: np.ndarray, color: str, width: float, label: str) -> Rectangle:
 
 
 @style.styled
-def draw_windows(data: xr.Dataset) -> Figure:
+def draw_windows(data: ImageData) -> Figure:
     """Adaptive windows: those of a sample, their areas, and how often each patch is in one.
 
     Args:
@@ -318,7 +318,7 @@ def _draw_tiles(sheet: Sheet, scene: Scene, windows: np.ndarray) -> None:
 
 
 @style.styled
-def draw_removal(data: xr.Dataset) -> Figure:
+def draw_removal(data: ImageData) -> Figure:
     """The least discriminative patches greyed out in order, at five shares, and the order itself.
 
     Args:
@@ -355,7 +355,7 @@ def draw_removal(data: xr.Dataset) -> Figure:
 
 
 #: Stem of the PNG -> function that draws it.
-FIGURES: Mapping[str, Callable[[xr.Dataset], Figure]] = MappingProxyType(
+FIGURES: Mapping[str, Callable[[ImageData], Figure]] = MappingProxyType(
     {
         "received_impact": draw_received_impact,
         "interaction": draw_interaction,
@@ -368,13 +368,13 @@ FIGURES: Mapping[str, Callable[[xr.Dataset], Figure]] = MappingProxyType(
 )
 
 
-def applies(stem: str, data: xr.Dataset) -> bool:
+def applies(stem: str, data: ImageData) -> bool:
     """Whether a figure can be drawn: plain models predict no windows."""
     return stem != "predicted" or "predicted_window" in data
 
 
 def render_image(
-    data: xr.Dataset, folder: str | os.PathLike[str], stems: Iterable[str] = tuple(FIGURES)
+    data: ImageData, folder: str | os.PathLike[str], stems: Iterable[str] = tuple(FIGURES)
 ) -> list[Path]:
     """Writes figures of one image as PNG files, each complete or not there.
 

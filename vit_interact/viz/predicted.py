@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import Normal, Stroke
 
 from vit_interact.layout import TokenLayout
+from vit_interact.viz.image_data import ImageData
 from vit_interact.viz.scene import Scene
 from vit_interact.viz.sheet import (
     COLUMNS,
@@ -103,7 +103,7 @@ def draw_predicted_windows(
 
 
 @styled
-def draw_predicted(data: xr.Dataset) -> Figure:
+def draw_predicted(data: ImageData) -> Figure:
     """Predicted windows of three patches of one image, by layer, and those of the indicator.
 
     Args:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
-from vit_interact.data.naming import visible
+from vit_interact.data.naming import slug, visible
 from vit_interact.viz import style
 from vit_interact.viz.fields import draw_arrows, full_length
 from vit_interact.viz.figures import FIGURES
@@ -52,22 +50,6 @@ FIGURE_TITLES = {
     "removal": "removal of the least discriminative patches",
     "predicted": "predicted windows",
 }
-
-
-def slug(image_id: str) -> str:
-    """A folder name for an image: readable, safe on every file system, and its own.
-
-    Args:
-      image_id: any text, such as a file name with its folders.
-
-    Returns:
-      Lower-case ASCII letters, digits, `-` and `_`, at most 57 characters: what is left of the
-      name, and 12 hexadecimal digits of its SHA-256, which keep `a/1.jpg` apart from `a_1.jpg`
-      and `A.jpg` from `a.jpg`.
-    """
-    digest = hashlib.sha256(image_id.encode("utf-8", "surrogateescape")).hexdigest()[:12]
-    words = re.sub(r"[^a-z0-9_]+", "-", image_id.lower().encode("ascii", "ignore").decode())
-    return "-".join(part for part in (words[-44:].strip("-_"), digest) if part)
 
 
 def contact_sheet(ds: xr.Dataset, path: str | os.PathLike[str]) -> list[Path]:

@@ -11,10 +11,10 @@ import dataclasses
 import functools
 
 import numpy as np
-import xarray as xr
 from jaxtyping import Bool, Float, Int, UInt8
 
 from vit_interact.viz import style
+from vit_interact.viz.image_data import ImageData
 
 #: Patches shown as examples along one side of the grid.
 SAMPLE_SIDE = 3
@@ -31,7 +31,7 @@ class Scene:
       ValueError: if the dataset still has the dimension `image`, or no combined impact.
     """
 
-    data: xr.Dataset
+    data: ImageData
 
     def __post_init__(self) -> None:
         if "image" in self.data.dims:
@@ -175,7 +175,7 @@ class Scene:
         return "  ·  ".join([*parts, told])
 
 
-def predictions(data: xr.Dataset) -> list[tuple[str, float]]:
+def predictions(data: ImageData) -> list[tuple[str, float]]:
     """Predicted classes of one image with their probabilities (0 to 1), best first.
 
     A class is its name where `class_name` has it, else such as `class 17`. Empty for
