@@ -280,9 +280,9 @@ def test_one_compilation_for_all_batches(tmp_path, weights, caplog):
     jax.config.update("jax_log_compiles", False)
     found = (re.match(r"Finished XLA compilation of jit\((.*?)\)", r) for r in caplog.messages)
     compiled = collections.Counter(match.group(1) for match in found if match)
-    analysis = {"_analyze": 1, "_of_all_patches": 1, "window_area": 1}
+    analysis = {"_analyze": 1, "_windows_of": 1}
     # The report compares windows of other numbers of maps than a batch of two has.
-    assert compiled == {**analysis, "_of_all_patches": 2}
+    assert compiled == {**analysis, "_windows_of": 2}
 
 
 @pytest.mark.parametrize("options", [(), ("--overwrite",)])

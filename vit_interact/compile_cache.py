@@ -2,7 +2,8 @@
 
 They lie in the user's cache folder, in a folder for each jaxlib and kind of processor: XLA compiles
 for the processor it runs on, and a home directory may be shared by unlike machines. A damaged entry
-costs a warning and a compilation, never a wrong result.
+costs a warning and a compilation, never a wrong result. Beside JAX's entries lie those of
+`programs`, which are found without tracing.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def keep_compiled(folder: str | os.PathLike[str] = "") -> Path | None:
         chosen = os.environ.get(VARIABLE, "")
     if chosen == OFF:
         return None
-    path = (Path(chosen) if chosen else cache_folder() / "compiled") / _machine()
+    path = (Path(chosen) if chosen else cache_folder() / "compiled") / machine()
     try:
         path.mkdir(parents=True, exist_ok=True)
         _forget_old(path)
@@ -67,7 +68,7 @@ def keep_compiled(folder: str | os.PathLike[str] = "") -> Path | None:
     return path
 
 
-def _machine() -> str:
+def machine() -> str:
     """A name for what decides whether a compiled program runs here."""
     import jaxlib
 
@@ -82,7 +83,8 @@ def _machine() -> str:
 def _forget_old(path: Path) -> None:
     """Removes entries of a month ago: sizes and models change, and the folder would only grow."""
     limit = time.time() - _DAYS * 86400
-    for entry in path.glob("*-cache"):
+    kinds = ("*-cache", "*.program", "*.unfinished")
+    for entry in (entry for kind in kinds for entry in path.glob(kind)):
         # Another process may remove it first.
         with contextlib.suppress(OSError):
             if entry.stat().st_mtime < limit:

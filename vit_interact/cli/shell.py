@@ -126,8 +126,9 @@ def load(model: str, **settings: Any) -> Checkpoint:
     """Loads weights and prints what they are and what was assumed."""
     from vit_interact.compile_cache import keep_compiled
     from vit_interact.models.weights import load_checkpoint
+    from vit_interact.programs import keep_programs
 
-    keep_compiled()
+    keep_programs(keep_compiled())
     checkpoint = load_checkpoint(model, **settings)
     config = checkpoint.model.config
     print(

@@ -98,21 +98,6 @@ def smallest_windows(
     return _of_all_patches(patch_indicator, layout, coverages, several)
 
 
-def prepare_windows(
-    rows: jax.ShapeDtypeStruct, layout: TokenLayout, coverage: float | Sequence[float] = 0.9
-) -> None:
-    """Compiles what `smallest_windows` runs, while another thread has something else compiled.
-
-    Args:
-      rows: what it will be called with.
-      layout: as there.
-      coverage: as there.
-    """
-    several = isinstance(coverage, Sequence)
-    coverages = _checked_coverages(coverage if isinstance(coverage, Sequence) else (coverage,))
-    _of_all_patches.lower(rows, layout, coverages, several).compile()
-
-
 @partial(jax.jit, static_argnames=("layout", "coverages", "several"))
 def _of_all_patches(
     patch_indicator: Float[Array, "*batch P P"],

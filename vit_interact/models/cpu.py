@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vit_interact.programs import Program
+
 # Of YNNPACK, which XLA asks for products, too, this leaves sums and what they are made of.
 _OWN_PRODUCTS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 # Tokens of all images from which on these are faster, and tokens of one where they no longer are:
@@ -74,51 +76,17 @@ def _known_here() -> bool:
     return True
 
 
-class Program:
-    """`jax.jit` with the `compiler_options` that suit the arguments.
-
-    Within another program, whose options hold, or a derivative, it is `jax.jit`.
-    """
-
-    def __init__(
-        self, function: Callable[..., Any], batch: Callable[..., tuple[Any, int]], **options: Any
-    ) -> None:
-        """Compiles nothing yet.
-
-        Args:
-          function: to compile.
-          batch: model and number of images, from its arguments.
-          options: of `jax.jit`.
-        """
-        self._batch = batch
-        self._plain = jax.jit(function, **options)
-        self._with = functools.cache(
-            lambda chosen: jax.jit(function, compiler_options=dict(chosen), **options)
-        )
-
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        """Runs it."""
-        return self._for(arguments, named)(*arguments, **named)
-
-    def lower(self, *arguments: Any, **named: Any) -> jax.stages.Lowered:
-        """What the compiler would be given."""
-        return self._for(arguments, named).lower(*arguments, **named)
-
-    def _for(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        chosen = compiler_options(*self._batch(*arguments, **named))
-        if not chosen or _traced(arguments, named):
-            return self._plain
-        return self._with(tuple(chosen.items()))
-
-
 def jit(
     batch: Callable[..., tuple[Any, int]], **options: Any
 ) -> Callable[[Callable[..., Any]], Program]:
-    """Decorates a function as a `Program`."""
-    return lambda function: Program(function, batch, **options)
+    """Decorates a function as a `Program` with the `compiler_options` of a batch.
 
+    Args:
+      batch: model and number of images, from the function's arguments.
+      **options: of `jax.jit`.
+    """
 
-def _traced(*arguments: Any) -> bool:
-    """Whether something is being traced: the arguments, or a program that this is a part of."""
-    leaves = [*jax.tree.leaves(arguments), jnp.zeros(())]
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+    def told(*arguments: Any, **named: Any) -> dict[str, str]:
+        return compiler_options(*batch(*arguments, **named))
+
+    return lambda function: Program(function, told, **options)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from vit_interact.interactions import fields, indicators, removal, views, window_masks, windows
 from vit_interact.interactions.boxes import clipped_boxes
@@ -19,6 +19,7 @@ from vit_interact.models.vit import Images, ViT
 from vit_interact.models.winft import predicted_distances, window_layers
 from vit_interact.observe.measure import measure_with_logits
 from vit_interact.observe.probe import Score, choose_layers, class_score, make_score
+from vit_interact.programs import Program
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -108,12 +109,11 @@ def analyze(
         ready = meanwhile.submit(_prepare, program.out_info["rows"], layout, float(coverage))
         found = program.compile()(params, images, classes)
         ready.result()
-    boxes = windows.smallest_windows(found["rows"], layout, float(coverage))
-    of_rows = {"window": boxes, "area": window_masks.window_area(boxes, layout)}
+    boxes, area = windows_of(found["rows"], layout, float(coverage))
     import xarray as xr
 
-    found, of_rows = jax.tree.map(np.asarray, (found, of_rows))
-    for name, flat in {"interaction": found["rows"], **of_rows}.items():
+    found, boxes, area = jax.tree.map(np.asarray, (found, boxes, area))
+    for name, flat in {"interaction": found["rows"], "window": boxes, "area": area}.items():
         whole = flat.reshape(len(chosen) + 1, len(images), *flat.shape[1:])
         found["layers"][name], found["combined"][name] = whole[:-1], whole[-1]
 
@@ -163,12 +163,23 @@ def analyze(
 
 def _prepare(rows: Any, layout: TokenLayout, coverage: float) -> None:
     """What comes behind the large program, where that must be compiled first."""
-    windows.prepare_windows(rows, layout, coverage)
+    windows_of.lower(rows, layout, coverage).compile()
     import xarray  # noqa: F401
 
 
 def _combined_unit(name: str) -> str:
     return "share of the row" if name == "interaction" else "mean of layers"
+
+
+def _windows_of(
+    rows: Float[Array, "*batch P P"], layout: TokenLayout, coverage: float
+) -> tuple[Int32[Array, "*batch P 4"], Float[Array, "*batch P"]]:
+    boxes = windows.smallest_windows(rows, layout, coverage)
+    return boxes, window_masks.window_area(boxes, layout)
+
+
+windows_of = Program(_windows_of, static_argnames=("layout", "coverage"))
+"""`smallest_windows` and their areas, as a program that commands keep."""
 
 
 @jit(

@@ -14,7 +14,7 @@ import base64
 import io
 import zlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import matplotlib as mpl
 import numpy as np
@@ -210,8 +210,8 @@ class Pack:
 
     def agreement(self) -> Agreement:
         """Compares quantised maps and their windows with the arrays, on maps spread over all."""
-        from vit_interact.interactions.windows import smallest_windows
         from vit_interact.layout import TokenLayout
+        from vit_interact.observe.analyze import windows_of
 
         prefix = int(self.data.attrs.get("prefix", 0))
         layout = TokenLayout(self.scenes[0].rows, self.scenes[0].cols, prefix)
@@ -229,7 +229,7 @@ class Pack:
         rows = np.stack([np.nan_to_num(self.map(*place)) for place in places[::step][:most]])
         quantised = dequantise(*quantise(rows, self.bits))
         exact, rounded = (
-            np.asarray(smallest_windows(maps, layout, coverage)) for maps in (rows, quantised)
+            np.asarray(windows_of(maps, layout, coverage)[0]) for maps in (rows, quantised)
         )
         largest = rows.max(-1)
         real = largest > 0
@@ -242,10 +242,11 @@ class Pack:
         self, scene: Scene, variable: str, name: str, layer: int | None = None
     ) -> np.ndarray:
         """A variable of one image for one of the indicators, read from disk no more than needed."""
+        data = cast("xr.Dataset", scene.data)
         if name == self.indicators[0]:
-            found = scene.data[variable]
+            found = data[variable]
         else:
-            found = scene.data[f"other_{variable}"].isel(other=self.indicators.index(name) - 1)
+            found = data[f"other_{variable}"].isel(other=self.indicators.index(name) - 1)
         return np.asarray((found if layer is None else found.isel(layer=layer)).values)
 
     def _told(self, name: str) -> dict[str, str]:
@@ -265,7 +266,9 @@ class Pack:
             "label": _label(scene),
             "guesses": [[visible(name), share] for name, share in guesses],
             # Of a model without classes it would be the largest of outputs that nobody named.
-            "score": float(scene.data["score"]) if guesses and "score" in scene.data else None,
+            "score": float(scene.data["score"].item())
+            if guesses and "score" in scene.data
+            else None,
             "picture": _picture(scene),
         }
 
