@@ -87,7 +87,7 @@ class Survey:
                 for package in ("vit-interact", "jax", "flax")
             },
         }
-        self.statistics, self.done = design.empty(), 0
+        self.statistics, self.done = jax.jit(design.empty)(), 0
         recover(out)
         if out.exists():
             if not resume:

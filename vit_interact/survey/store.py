@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from vit_interact.interactions.statistics import Statistics
 from vit_interact.survey.quantities import Design
@@ -20,6 +22,12 @@ if TYPE_CHECKING:
     import xarray as xr
 
 _FIELDS = ("count", "mean", "m2", "min", "max", "mean_rest")
+
+
+@jax.jit
+def _variances(statistics: dict[str, Statistics]) -> dict[str, Array]:
+    """As one program: three for each shape would take a second to compile."""
+    return {name: one.variance for name, one in statistics.items()}
 
 
 def to_dataset(
@@ -35,6 +43,7 @@ def to_dataset(
     import xarray as xr
 
     variables: dict[str, Any] = {}
+    variances = _variances(dict(statistics))
     for name, one in design.quantities().items():
         own = statistics[name]
         attrs = {"units": one.unit, "long_name": one.what}
@@ -43,7 +52,7 @@ def to_dataset(
             values = np.asarray(getattr(own, field))
             variables[f"{name}_{field}"] = (one.dims, values, {**attrs, "units": what})
         spread = {**attrs, "units": f"({one.unit})^2"}
-        variables[f"{name}_variance"] = (one.dims, np.asarray(own.variance), spread)
+        variables[f"{name}_variance"] = (one.dims, np.asarray(variances[name]), spread)
         if own.histogram is not None:
             bins, edges = f"{name}_bin", f"{name}_edge"
             counts = np.asarray(own.histogram)
