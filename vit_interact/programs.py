@@ -129,8 +129,8 @@ class Program:
     def _jit(self, told: tuple[tuple[str, str], ...], name: str = "") -> Any:
         function = self._function
         if name:
-            # A name of its own has JAX compile it: what JAX had from its own folder could be
-            # written, but what was read again would lack its machine code (jaxlib 0.10.2).
+            # A name of its own has JAX compile it: a copy of what JAX had in its own folder lacks
+            # the machine code (jaxlib 0.10.2).
             function = functools.wraps(function)(
                 lambda *args, **kwargs: self._function(*args, **kwargs)
             )
