@@ -15,6 +15,7 @@ import enum
 import functools
 import hashlib
 import inspect
+import logging
 import os
 import pickle
 import threading
@@ -31,6 +32,7 @@ import numpy as np
 from vit_interact.compile_cache import machine
 
 SUFFIX = ".program"
+_log = logging.getLogger(__name__)
 _folder: Path | None = None
 
 
@@ -180,8 +182,7 @@ class _ToKeep:
         _jax.had_it = False
         compiled = self.ready[self.path] = self.lowered.compile()
         if not _jax.had_it:
-            # At the end of the command: a first result should not wait for it.
-            atexit.register(_write, self.path, compiled)
+            _keep(self.path, compiled)
         return compiled
 
 
@@ -220,16 +221,26 @@ def _listen(event: str, **_: Any) -> None:
         _jax.had_it = True
 
 
-def _write(path: Path, compiled: Any) -> None:
+def _keep(path: Path, compiled: Any) -> None:
     from jax.experimental import serialize_executable
 
+    try:
+        # Before it runs: XLA cannot write sorts that have run. A first result should not wait for
+        # the rest, which is done at the end of the command.
+        parts = serialize_executable.serialize(compiled)
+    except Exception as error:  # jax promises nothing
+        _log.info("%s was not kept: %s", path, error)
+        return
+    atexit.register(_write, path, parts)
+
+
+def _write(path: Path, parts: Any) -> None:
     unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
     try:
-        whole = pickle.dumps(serialize_executable.serialize(compiled))
-        unfinished.write_bytes(zlib.compress(whole, 1))
+        unfinished.write_bytes(zlib.compress(pickle.dumps(parts), 1))
         os.replace(unfinished, path)
-    except Exception as error:  # jax promises nothing about what it cannot do
-        warnings.warn(f"{path} was not kept: {error}", stacklevel=1)
+    except Exception as error:  # a full disk, or trees that cannot be pickled
+        _log.info("%s was not kept: %s", path, error)
 
 
 def _read(path: Path) -> Any:
