@@ -389,3 +389,22 @@ def test_demo(tmp_path):
     top1 = float(re.search(r"photographs: ([\d.]+)%", found.stdout).group(1))
     assert top1 > 90
     assert len(list((tmp_path / "images").glob("*/*.png"))) == 48
+
+
+@pytest.mark.slow
+def test_programs_of_a_batch_are_kept(tmp_path, weights):
+    """Such as sort images' patches, which XLA cannot write once they have run."""
+    photographs(tmp_path / "in", 3)
+    environment = {**os.environ, "VIT_INTERACT_COMPILE_CACHE": str(tmp_path / "programs")}
+    command = [sys.executable, "-m", "vit_interact.cli", "analyze", str(tmp_path / "in"), "--model",
+               str(weights), "--out"]  # fmt: skip
+    for out in ("first", "second"):
+        ran = subprocess.run([*command, str(tmp_path / out)], env=environment, check=True,
+                             capture_output=True, text=True)  # fmt: skip
+        assert "Warning" not in ran.stderr
+        kept = [path.name for path in tmp_path.glob("programs/*/*.program")]
+        assert sum(name.startswith("_analyze_") for name in kept) == 1
+    one, two = (
+        xr.open_zarr(tmp_path / out / "analysis.zarr").load() for out in ("first", "second")
+    )
+    xr.testing.assert_identical(one, two)
