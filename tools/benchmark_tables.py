@@ -26,6 +26,7 @@ from benchmarks.common import columns_of, shown
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES, RESULTS = (DOCS / "benchmarks.md", DOCS / "kernels.md"), DOCS / "benchmarks"
 _AT_1024 = ["--image-size", "1024", "--batch", "1", "--depth", "2"]
+_AT_518 = ["indicators", "--models", "vit_s14@518", "--batches", "8", "--repeats", "3"]
 COMMANDS: dict[str, list[str]] = {
     "indicators": [
         "indicators",
@@ -48,29 +49,8 @@ COMMANDS: dict[str, list[str]] = {
         "--memory",
     ],
     # One process has no memory for PyTorch's maps of all indicators at once.
-    "indicators_518_8": [
-        "indicators",
-        "--models",
-        "vit_s14@518",
-        "--batches",
-        "8",
-        "--repeats",
-        "3",
-        "--indicators",
-        "attention,leave_one_out",
-    ],
-    "indicators_518_8_backward": [
-        "indicators",
-        "--models",
-        "vit_s14@518",
-        "--batches",
-        "8",
-        "--repeats",
-        "3",
-        "--indicators",
-        "gradient,edge",
-        "--no-peer",
-    ],
+    "indicators_518_8": [*_AT_518, "--indicators", "attention,leave_one_out"],
+    "indicators_518_8_backward": [*_AT_518, "--indicators", "gradient,edge", "--no-peer"],
     "indicators_b16": [
         "indicators",
         "--models",

@@ -97,9 +97,10 @@ class Program:
         if _traced(arguments, named):
             return self._jitted(())(*arguments, **named)
         told = self._told_of(arguments, named)
-        if self._path(told, arguments, named) is None:
+        path = self._path(told, arguments, named)
+        if path is None:
             return self._jitted(told)(*arguments, **named)
-        compiled = self.lower(*arguments, **named).compile()
+        compiled = self._lower(path, told, arguments, named).compile()
         names = list(self._signature.parameters)
         return compiled(
             *(x for name, x in zip(names, arguments, strict=False) if name not in self._static),
@@ -112,6 +113,16 @@ class Program:
         path = self._path(told, arguments, named)
         if path is None:
             return self._jitted(told).lower(*arguments, **named)
+        return self._lower(path, told, arguments, named)
+
+    def _lower(
+        self,
+        path: Path,
+        told: tuple[tuple[str, str], ...],
+        arguments: tuple[Any, ...],
+        named: dict[str, Any],
+    ) -> Lowered:
+        """A program that is kept."""
 
         def lower() -> jax.stages.Lowered:
             return self._jitted(told, path.stem).lower(*arguments, **named)

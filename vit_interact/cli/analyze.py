@@ -17,8 +17,9 @@ from vit_interact.cli.shell import (
 )
 
 if TYPE_CHECKING:
+    from vit_interact.drawing import Render
     from vit_interact.models.weights import Checkpoint
-    from vit_interact.session import Options, Outcome, Render
+    from vit_interact.session import Options, Outcome
 
 SOME_FAILED = 3
 
@@ -101,7 +102,8 @@ def analyze(
     """
     with one_line_errors():
         from vit_interact.data.images import find_images
-        from vit_interact.session import Options, renderer
+        from vit_interact.drawing import renderer
+        from vit_interact.session import Options
 
         files = find_images(images)
         # Others import Matplotlib while JAX comes in here.

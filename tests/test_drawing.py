@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from vit_interact.session import renderer
+from vit_interact.drawing import renderer
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) == 1, reason="one core draws by itself")
