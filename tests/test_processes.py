@@ -76,6 +76,31 @@ def test_an_interrupt_that_python_drops_is_not_forgotten():
     assert "Exception ignored" in ran.stderr and ran.returncode
 
 
+COMES_IN = """
+import signal, time
+from vit_interact.processes import remember_interrupts
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+remember_interrupts()
+try:
+    import jax
+    time.sleep(10)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_an_interrupt_waits_until_jax_is_there(tmp_path):
+    """Its native modules crash when their import is interrupted; here a module of its name."""
+    (tmp_path / "jax.py").write_text(
+        "import signal, time\nsignal.raise_signal(signal.SIGINT)\ntime.sleep(0.3)\nprint('jax')\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.getcwd()])
+    ran = subprocess.run([sys.executable, "-c", COMES_IN], capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": path}, timeout=60)  # fmt: skip
+    assert ran.stdout == "jax\ninterrupted\n", ran.stderr
+
+
 def test_interrupts_that_a_shell_has_ignored_stay_so(interruptible):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     remember_interrupts()

@@ -23,16 +23,27 @@ def remember_interrupts() -> None:
     """Has `stop_if_interrupted` know of every Ctrl-C from now on, which interrupts as before.
 
     Python drops the exception where Ctrl-C meets a callback, such as JAX has in the garbage
-    collector: the command would go on as if nothing had been said.
+    collector: the command would go on as if nothing had been said. While JAX is imported it waits.
     """
 
     def interrupt(number: int, frame: Any) -> None:
         _interrupted.set()
+        if _jax_comes_in():
+            again = threading.Timer(0.05, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+            return
         signal.default_int_handler(number, frame)
 
     # Where a shell started this with Ctrl-C ignored, as in the background, it stays so.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
+
+
+def _jax_comes_in() -> bool:
+    """Whether JAX is being imported: its native modules crash when that is interrupted."""
+    spec = getattr(sys.modules.get("jax"), "__spec__", None)
+    return bool(getattr(spec, "_initializing", False))
 
 
 def stop_if_interrupted() -> None:
