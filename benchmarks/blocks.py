@@ -13,8 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 import vit_interact as vi
 from benchmarks import common
 from benchmarks.indicators import make_case
@@ -68,9 +66,8 @@ def _chosen(name: str, what: str) -> int:
     """Queries at a time that `block=None` means."""
     model, _, pixels = name.partition("@")
     vit = vi.create_model(model, **({"image_size": int(pixels)} if pixels else {}))
-    images = jax.ShapeDtypeStruct((1, *vit.config.image_size, 3), "float32")
     tokens = vit.config.layout.num_tokens
-    blocks = query_blocks(vit, images, None, None, (what,))
+    blocks = query_blocks(vit, 1, None, None, (what,))
     return tokens if blocks is None else blocks.groups(tokens)[0].shape[1]
 
 

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vit_interact.interactions.by_head import is_single
 from vit_interact.layout import TokenLayout
 from vit_interact.models.attend_heads import OverHeads, attend_over_heads
+from vit_interact.models.attend_images import images_apart, over_images
 from vit_interact.models.bias import SeparableBias
 from vit_interact.models.blocks import Places, Summed, join, map_blocks, pick
 from vit_interact.models.cpu import on_cpu
@@ -107,15 +108,18 @@ class QueryBlocks:
         the search for windows wants them, and one of the prefix tokens.
       heads: how many heads of a block are worked on together, where a reduction is a sum over heads
         and logits get no bias; None for all.
+      images: how many images are worked on together, where logits get no bias; None for all.
     """
 
     size: int
     layout: TokenLayout | None = None
     heads: int | None = None
+    images: int | None = None
 
     def __post_init__(self) -> None:
-        if self.size < 1 or (self.heads is not None and self.heads < 1):
-            raise ValueError(f"a block needs at least one query and one head, got {self}")
+        counts = self.size, self.heads, self.images
+        if any(count is not None and count < 1 for count in counts):
+            raise ValueError(f"a block needs at least one query, head and image, got {self}")
 
     def groups(self, tokens: int) -> tuple[Int[np.ndarray, "blocks M"], ...]:
         """Numbers of the tokens of each block; blocks of one group have the same size.
@@ -157,20 +161,37 @@ class Tiles:
 
 
 def suitable_blocks(batch: int, heads: int, queries: int, keys: int) -> QueryBlocks | None:
-    """Blocks whose weights take about `WEIGHT_BYTES`; None where two blocks would do."""
+    """Blocks whose weights take about `WEIGHT_BYTES`; None where two blocks would do.
+
+    On a CPU images are worked on one after the other where blocks are needed, and their queries all
+    at once where that allows it: products of many rows are faster than those of several images.
+    """
     most = WEIGHT_BYTES if on_cpu() else ACCELERATOR_BYTES
     size = max(most // max(1, 4 * batch * heads * keys), SMALLEST_BLOCK)
-    return None if 2 * size >= queries else QueryBlocks(size)
+    if 2 * size >= queries:
+        return None
+    if batch == 1 or not can_split_images():
+        return QueryBlocks(size)
+    alone = suitable_blocks(1, heads, queries, keys) or QueryBlocks(queries)
+    return dataclasses.replace(alone, images=1)
+
+
+def can_split_images() -> bool:
+    """Whether to work on some images of a batch at a time: not where they are on many devices."""
+    return on_cpu() and jax.device_count() == 1
 
 
 def blocks_over_heads(
     batch: int, heads: int, queries: int, keys: int, maps: bool = True
 ) -> QueryBlocks:
-    """Blocks of queries of a few heads.
+    """Blocks of queries of a few heads, of one image after the other where that can be.
 
     At most half of the heads, so that less is held than of all; as many as take `HEAD_BYTES`, or
     `WEIGHT_BYTES` where no maps are made, which hold several arrays of that size.
     """
+    if batch > 1 and can_split_images():
+        alone = blocks_over_heads(1, heads, queries, keys, maps)
+        return dataclasses.replace(alone, images=1)
     blocks = suitable_blocks(batch, 1, queries, keys) or QueryBlocks(queries)
     of_head = 4 * batch * keys * min(blocks.size, queries)
     most = (HEAD_BYTES if maps else WEIGHT_BYTES) // max(1, of_head)
@@ -238,6 +259,12 @@ def attend_in_blocks(
     Returns:
       The output, and what `reduce` gave for all queries, in the order of tokens.
     """
+    if (together := images_apart(blocks.images, inputs)) is not None:
+
+        def of_images(some: tuple[Any, ...], g: Array | None, o: Array | None) -> Any:
+            return attend_in_blocks(some, blocks, reduce, g, o)
+
+        return over_images(of_images, together, inputs, output_grad, output)
     query, key, value, bias, mask, out_kernel = inputs
     tokens = key.shape[-3]
     sums = reduce if isinstance(reduce, OverHeads) else None

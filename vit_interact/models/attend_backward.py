@@ -20,6 +20,7 @@ from vit_interact.models.attend import (
     rows_of,
 )
 from vit_interact.models.attend_heads import OverHeads, gradients_of_rows, gradients_over_heads
+from vit_interact.models.attend_images import images_apart, over_images
 from vit_interact.models.blocks import Summed
 from vit_interact.models.softmax import heads_first, without_batch
 
@@ -74,6 +75,12 @@ def gradients_in_blocks(
       output: of the layer.
       grad: derivative of the score by `output`.
     """
+    if (together := images_apart(blocks.images, inputs)) is not None:
+
+        def of_images(some: tuple[Any, ...], o: Array, g: Array) -> Any:
+            return gradients_in_blocks(some, blocks, reduce, o, g)
+
+        return over_images(of_images, together, inputs, output, grad)
     query, key, value, bias, mask, out_kernel = inputs
     tokens = key.shape[-3]
     if heads_apart(blocks, bias) and isinstance(reduce, OverHeads):

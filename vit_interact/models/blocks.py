@@ -1,8 +1,8 @@
-"""Blocks of queries: taken out of arrays, worked on one after the other, and put together again."""
+"""Blocks of queries, heads or images: worked on one after the other, and put together again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -61,7 +61,7 @@ def map_blocks(
     function: Callable[[Any], dict[str, Any]],
     xs: Any,
     places: Places,
-    axis: int,
+    axis: int | Mapping[str, int],
     like: Array,
     once: bool = False,
 ) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def map_blocks(
       function: of one block's part of `xs`; gives arrays with their rows at `axis`, and `Summed`.
       xs: blocks at axis 0.
       places: of the rows.
-      axis: of the rows.
+      axis: of the rows, for all arrays or by name.
       like: any array that depends on the inputs as the results do.
       once: whether queries that come again add nothing to sums.
 
@@ -89,7 +89,9 @@ def map_blocks(
     some = lax.stop_gradient(like[(0,) * like.ndim]) if like.size else jnp.zeros((), like.dtype)
     some = jnp.where(jnp.isfinite(some), some, 0)
 
-    def begin(one: Any) -> Any:
+    axes = axis if isinstance(axis, Mapping) else dict.fromkeys(made, axis)
+
+    def begin(one: Any, axis: int) -> Any:
         if isinstance(one, Summed):
             zero = jnp.minimum(jnp.abs(some), 0).astype(one.total.dtype)
             return Summed(jnp.broadcast_to(zero, one.total.shape))
@@ -99,15 +101,15 @@ def map_blocks(
     def step(found: dict[str, Any], block: tuple[Array, Any]) -> tuple[dict[str, Any], None]:
         start, x = block
 
-        def put(whole: Any, one: Any) -> Any:
+        def put(whole: Any, one: Any, axis: int) -> Any:
             if isinstance(one, Summed):
                 return Summed(whole.total + one.total)
             return lax.dynamic_update_slice_in_dim(whole, one, start, axis)
 
         new = function(x)
-        return {name: put(found[name], new[name]) for name in found}, None
+        return {name: put(found[name], new[name], axes[name]) for name in found}, None
 
-    start = {name: begin(one) for name, one in made.items()}
+    start = {name: begin(one, axes[name]) for name, one in made.items()}
     return lax.scan(step, start, (jnp.asarray(places.starts, jnp.int32), xs))[0]
 
 
@@ -133,3 +135,44 @@ def _in_order(rows: Array, order: np.ndarray, axis: int) -> Array:
         return jnp.take(rows, order, axis=axis)
     slices = [lax.slice_in_dim(rows, run[0], run[-1] + 1, axis=axis) for run in runs]
     return slices[0] if len(slices) == 1 else jnp.concatenate(slices, axis=axis)
+
+
+def map_images(
+    function: Callable[..., Any], at_a_time: int, *arrays: Array | None, axes: Any = 0
+) -> Any:
+    """What a function of all images gives, from some of them at a time.
+
+    The last images start early enough to be as many, and some are then worked on twice.
+
+    Args:
+      function: of arrays of `at_a_time` images or a few less; gives any tree of arrays.
+      at_a_time: images.
+      *arrays: with images at axis 0; None is passed on.
+      axes: of images in what the function gives: a number, or a tree whose leaves stand for all
+        below them.
+    """
+    given = [array for array in arrays if array is not None]
+    images = len(given[0])
+    count = -(-images // at_a_time)
+    size = -(-images // count)
+    first = np.minimum(np.arange(count) * size, images - size)
+    numbers = first[:, None] + np.arange(size)
+
+    def split(array: Array) -> Array:
+        if count * size == images:
+            return array.reshape(count, size, *array.shape[1:])
+        return jnp.take(array, numbers, axis=0)
+
+    def some(xs: list[Array]) -> Any:
+        rest = iter(xs)
+        return function(*(None if array is None else next(rest) for array in arrays))
+
+    def named(xs: list[Array]) -> dict[str, Array]:
+        return {str(place): leaf for place, leaf in enumerate(jax.tree.leaves(some(xs)))}
+
+    parts = [split(array) for array in given]
+    form = jax.eval_shape(some, [part[0] for part in parts])
+    spread = jax.tree.map(lambda axis, below: jax.tree.map(lambda _: axis, below), axes, form)
+    by_name = {str(place): axis for place, axis in enumerate(jax.tree.leaves(spread))}
+    found = map_blocks(named, parts, Places.of(numbers), by_name, given[0])
+    return jax.tree.unflatten(jax.tree.structure(form), [found[name] for name in by_name])

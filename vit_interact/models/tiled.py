@@ -304,7 +304,11 @@ def _maps_fwd(name: str, found: Array, inputs: tuple[Any, ...]) -> tuple[Array, 
 def _maps_bwd(name: str, inputs: tuple[Any, ...], cotangents: Array) -> tuple[Any, ...]:
     def evaluate(query: Array, key: Array, value: Array, kernel: Any, g: Any) -> Array:
         def reduce(attended: Attended, g: Array | None = None) -> dict[str, Array]:
-            given = {"weights": attended.weights, "values": value, "out_kernel": kernel}
+            given = {
+                "weights": attended.weights,
+                "values": attended.values,
+                "out_kernel": attended.out_kernel,
+            }
             given["output_grad"] = g
             return {name: INDICATORS[name](*(given[need] for need in NEEDS[name]))}
 

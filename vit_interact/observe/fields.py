@@ -38,6 +38,11 @@ class FieldsOf:
     coverages: tuple[float, ...]
     several: bool
 
+    @property
+    def image_axes(self) -> Fields:
+        """Where the result's arrays have their images: behind layers, and coverages of windows."""
+        return Fields(1, 1 + self.several, 1)  # type: ignore[arg-type]
+
     def reducing(self, maps: Maps) -> Reducing:
         """A reduction of blocks (`Taps.blocks`) from one to rows of indicators."""
         return Reducing(self, maps)

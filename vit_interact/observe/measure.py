@@ -19,6 +19,7 @@ from vit_interact.interactions.indicators import (
 from vit_interact.interactions.streaming import Fields
 from vit_interact.models.attend import Attended, QueryBlocks, Tiles
 from vit_interact.models.attention import Taps, output_gradient
+from vit_interact.models.blocks import map_images
 from vit_interact.models.cpu import jit
 from vit_interact.models.vit import Images, Keep, LayerMask, ViT
 from vit_interact.observe.fields import FieldsOf
@@ -30,7 +31,7 @@ from vit_interact.observe.probe import (
     make_score,
     probe,
 )
-from vit_interact.observe.ways import query_blocks, tiles
+from vit_interact.observe.ways import images_together, query_blocks, tiles
 
 _LOG = logging.getLogger("vit_interact")
 _CAPTURE_NEEDS = ("weights", "values", "output", "grad")
@@ -137,12 +138,13 @@ def measure(
     several = isinstance(coverage, Sequence)
     coverages = tuple(coverage) if isinstance(coverage, Sequence) else (coverage,)
     layout = model.config.layout
-    blocks = query_blocks(model, images, None, block, names)
+    together = images_together(model, images.shape[0], None, mask, function)
+    blocks = query_blocks(model, together, None, block, names)
     size, heads = (layout.num_patches, None) if blocks is None else (blocks.size, blocks.heads)
     fields = FieldsOf(layout, coverages, several)
     found = _measure(
         model, params, images, classes, names, chosen, function, None, mask,
-        QueryBlocks(size, layout, heads), fields,
+        QueryBlocks(size, layout, heads), together, fields,
     )[1]  # fmt: skip
     return {name: found[name] for name in names}
 
@@ -165,9 +167,10 @@ def measure_with_logits(
         raise ValueError("keep and mask need vit_interact's ViT")
     keep = None if keep is None else jnp.asarray(keep)
     blocks: QueryBlocks | Tiles | None = tiles(model, names, mask, block, kernel)
-    blocks = blocks or query_blocks(model, images, keep, block, names)
+    together = images_together(model, images.shape[0], keep, mask, function)
+    blocks = blocks or query_blocks(model, together, keep, block, names)
     logits, maps = _measure(
-        model, params, images, classes, names, chosen, function, keep, mask, blocks
+        model, params, images, classes, names, chosen, function, keep, mask, blocks, together
     )
     return logits, {name: maps[name] for name in names}  # jit returns names in sorted order
 
@@ -184,7 +187,7 @@ def _checked(
 
 @jit(
     batch=lambda model, params, images, *_: (model, images.shape[0]),
-    static_argnames=("model", "names", "layers", "score", "blocks", "fields"),
+    static_argnames=("model", "names", "layers", "score", "blocks", "together", "fields"),
 )
 def _measure(
     model: Any,
@@ -197,7 +200,33 @@ def _measure(
     keep: Array | None,
     mask: LayerMask,
     blocks: QueryBlocks | Tiles | None,
+    together: int,
     fields: FieldsOf | None = None,
+) -> tuple[Array, dict[str, Any]]:
+    """Logits and maps, or fields, of `together` images at a time."""
+
+    def some(images: Array, classes: Array | None, keep: Array | None) -> Any:
+        chosen = (names, layers, score)
+        return _measure_at_once(model, params, images, classes, *chosen, keep, mask, blocks, fields)
+
+    if together == images.shape[0]:
+        return some(images, classes, keep)
+    axes = 1 if fields is None else fields.image_axes
+    return map_images(some, together, images, classes, keep, axes=(0, dict.fromkeys(names, axes)))
+
+
+def _measure_at_once(
+    model: Any,
+    params: Any,
+    images: Array,
+    classes: Array | None,
+    names: tuple[str, ...],
+    layers: tuple[int, ...],
+    score: Callable[[Array], Array] | None,
+    keep: Array | None,
+    mask: LayerMask,
+    blocks: QueryBlocks | Tiles | None,
+    fields: FieldsOf | None,
 ) -> tuple[Array, dict[str, Any]]:
     backward = tuple(name for name in names if needs_backward(name))
     forward = tuple(name for name in names if name not in backward)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +11,10 @@ import jax.numpy as jnp
 
 from vit_interact.interactions.head_terms import TERMS
 from vit_interact.models.attend import (
-    WEIGHT_BYTES,
     QueryBlocks,
     Tiles,
     blocks_over_heads,
+    can_split_images,
     suitable_blocks,
 )
 from vit_interact.models.cpu import on_cpu
@@ -26,33 +25,49 @@ _KERNELS_PAY = {"attention", "dispersion", "gradient", "edge", "leave_one_out", 
 
 
 # On a CPU a few heads at a time are faster, or as fast in less memory: everything from so many
-# tokens on, and with fewer only this, of one image or of so many that all heads' weights take more
-# than that (docs/kernels.md).
+# tokens on, and with fewer only this, of one image (docs/kernels.md).
 _MANY_TOKENS = 512
 _HEADS_PAY = {"leave_one_out"}
-_MANY_BYTES = 2 * WEIGHT_BYTES
+# Tokens of all images worked on together there: products of so many rows are as fast as they get,
+# and what is made of more does not stay in the cache (docs/kernels.md).
+_TOKENS_TOGETHER = 2048
+
+
+def images_together(model: Any, images: int, keep: Any, mask: Any, score: Any) -> int:
+    """How many images of a batch to work on at a time; all of them but on one CPU.
+
+    A score that is a function gets the logits of all images, and a mask may be of all.
+    """
+    if not isinstance(model, ViT) or not can_split_images() or not (mask is None and score is None):
+        return images
+    most = max(1, _TOKENS_TOGETHER // _count_tokens(model, keep))
+    return -(-images // -(-images // most))
 
 
 def query_blocks(
-    model: Any, images: Any, keep: Any, block: int | None, names: Sequence[str]
+    model: Any, images: int, keep: Any, block: int | None, names: Sequence[str]
 ) -> QueryBlocks | None:
     """What `block` asks for; None to work on all queries of a layer at once."""
     if not isinstance(model, ViT):
         if block is not None:
             raise ValueError("block needs vit_interact's ViT: other models work on all queries")
         return None
-    config = model.config
-    tokens = config.layout.num_tokens if keep is None else config.prefix + keep.shape[1]
-    shape = (images.shape[0], config.heads, tokens, tokens)
+    config, tokens = model.config, _count_tokens(model, keep)
+    shape = (images, config.heads, tokens, tokens)
     whole = suitable_blocks(*shape) if block is None else QueryBlocks(block)
-    whole = None if whole is None or whole.size >= tokens else whole
+    if whole is not None and whole.images is None and whole.size >= tokens:
+        whole = None
     sums = on_cpu() and config.windows is None and set(names) <= set(TERMS)
-    many_or_one = images.shape[0] == 1 or 4 * math.prod(shape) > _MANY_BYTES
-    pay = tokens >= _MANY_TOKENS or (many_or_one and _HEADS_PAY & set(names))
+    pay = tokens >= _MANY_TOKENS or (images == 1 and _HEADS_PAY & set(names))
     if not sums or (block is None and not pay):
         return whole
     blocks = blocks_over_heads(*shape)
     return blocks if block is None else dataclasses.replace(blocks, size=block)
+
+
+def _count_tokens(model: ViT, keep: Any) -> int:
+    config = model.config
+    return config.layout.num_tokens if keep is None else config.prefix + keep.shape[1]
 
 
 def tiles(
