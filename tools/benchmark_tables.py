@@ -48,9 +48,9 @@ COMMANDS: dict[str, list[str]] = {
         "15",
         "--memory",
     ],
-    # One process has no memory for PyTorch's maps of all indicators at once.
+    # One process has no memory for PyTorch's maps of all indicators at once, and ours.
     "indicators_518_8": [*_AT_518, "--indicators", "attention,leave_one_out"],
-    "indicators_518_8_backward": [*_AT_518, "--indicators", "gradient,edge", "--no-peer"],
+    "indicators_518_8_backward": [*_AT_518, "--indicators", "gradient,edge"],
     "indicators_b16": [
         "indicators",
         "--models",
@@ -63,6 +63,7 @@ COMMANDS: dict[str, list[str]] = {
     "indicators_32": ["indicators", "--models", "vit_s16", "--batches", "32", "--repeats", "3"],
     "blocks": ["blocks"],
     "heads": ["heads"],
+    "together": ["together"],
     "fields": ["fields"],
     "windows": ["windows"],
     "windows_attention": ["windows_attention"],

@@ -95,6 +95,15 @@ def test_heads(run):
 
 
 @pytest.mark.slow
+def test_together(run, shallow):
+    rows = run("together", "--sizes", "vit_ti16@32x4", "--together", "3,1", "--repeats", "1",
+               "--indicators", "attention")  # fmt: skip
+    assert [row["together"] for row in rows] == [4, 3, 1] * 2
+    assert [row["ratio"] for row in rows[::3]] == [1, 1]
+    positive(rows, "ms_image", "cpu_ratio", "temporary_mib")
+
+
+@pytest.mark.slow
 def test_tracing(run, shallow):
     rows = run("tracing", "--model", "vit_ti16", "--repeats", "1")
     assert [row["way"] for row in rows[:3]] == list(tracing.WAYS)
