@@ -75,7 +75,7 @@ def test_how_many(five, monkeypatch):
     model = vi.create_model("vit_s16")
     assert ways.images_together(model, 32, None, None, None) == 32  # eight devices
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    for images, together in ((1, 1), (8, 8), (11, 6), (32, 8)):
+    for images, together in ((0, 0), (1, 1), (11, 11), (12, 6), (13, 7), (32, 8), (33, 11)):
         assert ways.images_together(model, images, None, None, None) == together
     large = vi.create_model("vit_s14", image_size=518)
     assert ways.images_together(large, 8, None, None, None) == 1

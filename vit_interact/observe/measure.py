@@ -89,8 +89,9 @@ def measure(
     """Measures the impact of every token on every other one, in one compiled call.
 
     Each layer is reduced to `[B, N, N]` where it is computed; the stack `[L, B, H, N, N]` never
-    exists. All indicators that need gradients share one backward pass. Traceable under an outer
-    `jit`; sharded images give sharded maps.
+    exists. All indicators that need gradients share one backward pass. On one CPU, some images of
+    a large batch are worked on at a time (docs/kernels.md). Traceable under an outer `jit`;
+    sharded images give sharded maps.
 
     Args:
       model: our `ViT`; or any linen module whose attention uses `vi.attention_fn`; or the `apply`

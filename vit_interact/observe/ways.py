@@ -30,18 +30,21 @@ _MANY_TOKENS = 512
 _HEADS_PAY = {"leave_one_out"}
 # Tokens of all images worked on together there: products of so many rows are as fast as they get,
 # and what is made of more does not stay in the cache (docs/kernels.md).
-_TOKENS_TOGETHER = 2048
+_TOKENS_TOGETHER = 2304
 
 
 def images_together(model: Any, images: int, keep: Any, mask: Any, score: Any) -> int:
     """How many images of a batch to work on at a time; all of them but on one CPU.
 
-    A score that is a function gets the logits of all images, and a mask may be of all.
+    As many as fit, or down to half of that where then fewer are worked on twice (`map_images`). A
+    score that is a function gets the logits of all images, and a mask may be of all.
     """
     if not isinstance(model, ViT) or not can_split_images() or not (mask is None and score is None):
         return images
     most = max(1, _TOKENS_TOGETHER // _count_tokens(model, keep))
-    return -(-images // -(-images // most))
+    if images <= most:
+        return images
+    return min(range(most, most // 2, -1), key=lambda count: -images % count)
 
 
 def query_blocks(
