@@ -18,6 +18,15 @@ class Summed(NamedTuple):
     total: Array
 
 
+class Layers(NamedTuple):
+    """Arrays that `map_blocks` writes one behind the other along a new first axis.
+
+    Stacked by whoever makes them, they would exist twice.
+    """
+
+    each: tuple[Array, ...]
+
+
 class Places(NamedTuple):
     """Where rows of blocks of one size come from, and where they go.
 
@@ -72,7 +81,8 @@ def map_blocks(
     of time (three quarters of the temporary memory of `attention` at 518 pixels).
 
     Args:
-      function: of one block's part of `xs`; gives arrays with their rows at `axis`, and `Summed`.
+      function: of one block's part of `xs`; gives arrays with their rows at `axis`, `Summed` ones,
+        and `Layers` whose rows are at `axis` of the result.
       xs: blocks at axis 0.
       places: of the rows.
       axis: of the rows, for all arrays or by name.
@@ -95,6 +105,8 @@ def map_blocks(
         if isinstance(one, Summed):
             zero = jnp.minimum(jnp.abs(some), 0).astype(one.total.dtype)
             return Summed(jnp.broadcast_to(zero, one.total.shape))
+        if isinstance(one, Layers):
+            one = jax.ShapeDtypeStruct((len(one.each), *one.each[0].shape), one.each[0].dtype)
         shape = (*one.shape[:axis], places.length, *one.shape[axis + 1 :])
         return jnp.broadcast_to(some.astype(one.dtype), shape)
 
@@ -104,6 +116,12 @@ def map_blocks(
         def put(whole: Any, one: Any, axis: int) -> Any:
             if isinstance(one, Summed):
                 return Summed(whole.total + one.total)
+            if isinstance(one, Layers):
+                for index, layer in enumerate(one.each):
+                    at: dict[int, Any] = {0: index, axis: start}
+                    starts = [at.get(place, 0) for place in range(whole.ndim)]
+                    whole = lax.dynamic_update_slice(whole, layer[None], starts)
+                return whole
             return lax.dynamic_update_slice_in_dim(whole, one, start, axis)
 
         new = function(x)
@@ -145,7 +163,8 @@ def map_images(
     The last images start early enough to be as many, and some are then worked on twice.
 
     Args:
-      function: of arrays of `at_a_time` images or a few less; gives any tree of arrays.
+      function: of arrays of `at_a_time` images or a few less; gives any tree of arrays, and
+        `Layers`, of which arrays are made.
       at_a_time: images.
       *arrays: with images at axis 0; None is passed on.
       axes: of images in what the function gives: a number, or a tree whose leaves stand for all
@@ -167,12 +186,16 @@ def map_images(
         rest = iter(xs)
         return function(*(None if array is None else next(rest) for array in arrays))
 
-    def named(xs: list[Array]) -> dict[str, Array]:
-        return {str(place): leaf for place, leaf in enumerate(jax.tree.leaves(some(xs)))}
+    def leaves_of(tree: Any) -> list[Any]:
+        return jax.tree.leaves(tree, is_leaf=lambda one: isinstance(one, Layers))
+
+    def named(xs: list[Array]) -> dict[str, Any]:
+        return {str(place): leaf for place, leaf in enumerate(leaves_of(some(xs)))}
 
     parts = [split(array) for array in given]
-    form = jax.eval_shape(some, [part[0] for part in parts])
-    spread = jax.tree.map(lambda axis, below: jax.tree.map(lambda _: axis, below), axes, form)
+    made = jax.eval_shape(some, [part[0] for part in parts])
+    spread = jax.tree.map(lambda axis, below: [axis] * len(leaves_of(below)), axes, made)
     by_name = {str(place): axis for place, axis in enumerate(jax.tree.leaves(spread))}
     found = map_blocks(named, parts, Places.of(numbers), by_name, given[0])
-    return jax.tree.unflatten(jax.tree.structure(form), [found[name] for name in by_name])
+    form = jax.tree.structure(made, is_leaf=lambda one: isinstance(one, Layers))
+    return jax.tree.unflatten(form, [found[name] for name in by_name])

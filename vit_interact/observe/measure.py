@@ -19,7 +19,7 @@ from vit_interact.interactions.indicators import (
 from vit_interact.interactions.streaming import Fields
 from vit_interact.models.attend import Attended, QueryBlocks, Tiles
 from vit_interact.models.attention import Taps, output_gradient
-from vit_interact.models.blocks import map_images
+from vit_interact.models.blocks import Layers, map_images
 from vit_interact.models.cpu import jit
 from vit_interact.models.vit import Images, Keep, LayerMask, ViT
 from vit_interact.observe.fields import FieldsOf
@@ -211,7 +211,11 @@ def _measure(
         return _measure_at_once(model, params, images, classes, *chosen, keep, mask, blocks, fields)
 
     if together == images.shape[0]:
-        return some(images, classes, keep)
+        logits, found = some(images, classes, keep)
+        return logits, {
+            name: _stack(list(made.each)) if isinstance(made, Layers) else made
+            for name, made in found.items()
+        }
     axes = 1 if fields is None else fields.image_axes
     return map_images(some, together, images, classes, keep, axes=(0, dict.fromkeys(names, axes)))
 
@@ -228,7 +232,8 @@ def _measure_at_once(
     mask: LayerMask,
     blocks: QueryBlocks | Tiles | None,
     fields: FieldsOf | None,
-) -> tuple[Array, dict[str, Any]]:
+) -> tuple[Array, dict[str, Layers | Fields]]:
+    """Logits, and maps of each layer or fields, of images that are worked on together."""
     backward = tuple(name for name in names if needs_backward(name))
     forward = tuple(name for name in names if name not in backward)
     # A rollout passes through every layer below the ones asked for.
@@ -259,9 +264,8 @@ def _measure_at_once(
         per_layer = [layer[name] for layer in source]
         if name == "rollout":
             per_layer = list(roll(_stack(per_layer)))
-        found[name] = _stack([per_layer[position] for position in positions])
-        if fields is not None:
-            found[name] = fields.of_map(found[name])
+        asked = tuple(per_layer[position] for position in positions)
+        found[name] = Layers(asked) if fields is None else fields.of_map(_stack(list(asked)))
     return probed.logits, found
 
 
