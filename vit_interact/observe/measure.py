@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -141,12 +142,22 @@ def measure(
     layout = model.config.layout
     together = images_together(model, images.shape[0], None, mask, function)
     blocks = query_blocks(model, together, None, block, names)
-    size, heads = (layout.num_patches, None) if blocks is None else (blocks.size, blocks.heads)
+    blocks = dataclasses.replace(blocks or QueryBlocks(layout.num_patches), layout=layout)
     fields = FieldsOf(layout, coverages, several)
     found = _measure(
-        model, params, images, classes, names, chosen, function, None, mask,
-        QueryBlocks(size, layout, heads), together, fields,
-    )[1]  # fmt: skip
+        model,
+        params,
+        images,
+        classes,
+        names,
+        chosen,
+        function,
+        None,
+        mask,
+        blocks,
+        together,
+        fields,
+    )[1]
     return {name: found[name] for name in names}
 
 
