@@ -153,6 +153,9 @@ def test_how_many_heads(monkeypatch):
 
     assert chosen("attention") is None and chosen("leave_one_out", "value_norm") is None
     assert chosen("leave_one_out", images=2) is None  # of several
+    # Of very many: all heads' weights would take 41 MB.
+    assert chosen("leave_one_out", images=20_000) == QueryBlocks(13, None, 1)
+    assert chosen("attention", images=20_000) is None
     assert chosen("leave_one_out", "edge") == QueryBlocks(13, None, 1)
     assert chosen("leave_one_out", block=5) == QueryBlocks(5, None, 1)
     assert chosen("dispersion", block=5) == QueryBlocks(5)

@@ -81,6 +81,7 @@ def test_when_and_how_many(monkeypatch):
     assert suitable_blocks(8, 6, 577, 577) == QueryBlocks(577, images=1)
     assert suitable_blocks(8, 6, 1370, 1370) == QueryBlocks(510, images=1)
     assert blocks_over_heads(8, 6, 1370, 1370) == QueryBlocks(1370, None, 1, 1)
+    assert blocks_over_heads(8, 12, 197, 197) == QueryBlocks(197, None, 3)  # short ones together
     with pytest.raises(ValueError, match="one query, head and image"):
         QueryBlocks(5, images=0)
 

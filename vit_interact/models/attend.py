@@ -184,12 +184,12 @@ def can_split_images() -> bool:
 def blocks_over_heads(
     batch: int, heads: int, queries: int, keys: int, maps: bool = True
 ) -> QueryBlocks:
-    """Blocks of queries of a few heads, of one image after the other where that can be.
+    """Blocks of queries of a few heads, large images one after the other where that can be.
 
     At most half of the heads, so that less is held than of all; as many as take `HEAD_BYTES`, or
     `WEIGHT_BYTES` where no maps are made, which hold several arrays of that size.
     """
-    if batch > 1 and can_split_images():
+    if batch > 1 and queries > 2 * SMALLEST_BLOCK and can_split_images():
         alone = blocks_over_heads(1, heads, queries, keys, maps)
         return dataclasses.replace(alone, images=1)
     blocks = suitable_blocks(batch, 1, queries, keys) or QueryBlocks(queries)

@@ -186,8 +186,11 @@ def map_images(
         rest = iter(xs)
         return function(*(None if array is None else next(rest) for array in arrays))
 
+    def is_layers(one: Any) -> bool:
+        return isinstance(one, Layers)
+
     def leaves_of(tree: Any) -> list[Any]:
-        return jax.tree.leaves(tree, is_leaf=lambda one: isinstance(one, Layers))
+        return jax.tree.leaves(tree, is_leaf=is_layers)
 
     def named(xs: list[Array]) -> dict[str, Any]:
         return {str(place): leaf for place, leaf in enumerate(leaves_of(some(xs)))}
@@ -197,5 +200,5 @@ def map_images(
     spread = jax.tree.map(lambda axis, below: [axis] * len(leaves_of(below)), axes, made)
     by_name = {str(place): axis for place, axis in enumerate(jax.tree.leaves(spread))}
     found = map_blocks(named, parts, Places.of(numbers), by_name, given[0])
-    form = jax.tree.structure(made, is_leaf=lambda one: isinstance(one, Layers))
+    form = jax.tree.structure(made, is_leaf=is_layers)
     return jax.tree.unflatten(form, [found[name] for name in by_name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 
 from vit_interact.interactions.head_terms import TERMS
 from vit_interact.models.attend import (
+    WEIGHT_BYTES,
     QueryBlocks,
     Tiles,
     blocks_over_heads,
@@ -25,9 +27,11 @@ _KERNELS_PAY = {"attention", "dispersion", "gradient", "edge", "leave_one_out", 
 
 
 # On a CPU a few heads at a time are faster, or as fast in less memory: everything from so many
-# tokens on, and with fewer only this, of one image (docs/kernels.md).
+# tokens on, and with fewer only this, of one image or of so many that all heads' weights take more
+# than that (docs/kernels.md).
 _MANY_TOKENS = 512
 _HEADS_PAY = {"leave_one_out"}
+_MANY_BYTES = 2 * WEIGHT_BYTES
 # Tokens of all images worked on together there: products of so many rows are as fast as they get,
 # and what is made of more does not stay in the cache (docs/kernels.md).
 _TOKENS_TOGETHER = 2304
@@ -61,7 +65,8 @@ def query_blocks(
     if whole is not None and whole.images is None and whole.size >= tokens:
         whole = None
     sums = on_cpu() and config.windows is None and set(names) <= set(TERMS)
-    pay = tokens >= _MANY_TOKENS or (images == 1 and _HEADS_PAY & set(names))
+    many_or_one = images == 1 or 4 * math.prod(shape) > _MANY_BYTES
+    pay = tokens >= _MANY_TOKENS or (many_or_one and _HEADS_PAY & set(names))
     if not sums or (block is None and not pay):
         return whole
     blocks = blocks_over_heads(*shape)
