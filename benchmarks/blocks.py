@@ -42,7 +42,7 @@ def measure(name: str, blocks: list[int], indicators: list[str], repeats: int) -
     calls: dict[tuple[str, int | None], Callable[[], Any]] = {}
     memory: dict[tuple[str, int | None], float] = {}
     for block in blocks:
-        case = make_case(name, 1, indicators, "float32", False, {"block": block})
+        case = make_case(name, 1, indicators, "float32", None, {"block": block})
         for what, call in case.ours.items():
             key = (what, block if what in indicators else None)
             calls.setdefault(key, call)

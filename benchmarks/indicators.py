@@ -68,6 +68,9 @@ def main() -> None:
                         default=list(vx.INDICATORS))  # fmt: skip
     parser.add_argument("--dtype", default="float32")
     common.add_no_peer(parser)
+    parser.add_argument("--peer-forward", action="store_true",
+                        help="of PyTorch the forward pass alone: its weights of all layers may not "
+                        "fit into memory")  # fmt: skip
     parser.add_argument("--memory", action="store_true", help="peaks, in processes of their own")
     common.add_measure(parser)
     parser.add_argument("--peaks-of", choices=("ours", "theirs"), help=argparse.SUPPRESS)
@@ -75,9 +78,11 @@ def main() -> None:
     models, batches = _FULL if options.full else _SHORT
     models, batches = options.models or models, options.batches or batches
     peer = common.has_peer(options)
+    of_peer = [] if options.peer_forward else options.indicators
     arguments = dict(options.measure)
+    given = options.indicators, options.dtype, of_peer if peer else None, arguments
     if options.peaks_of:
-        case = make_case(models[0], batches[0], options.indicators, options.dtype, peer, arguments)
+        case = make_case(models[0], batches[0], *given)
         print(
             json.dumps(
                 {name: _peak(call) for name, call in getattr(case, options.peaks_of).items()}
@@ -88,7 +93,7 @@ def main() -> None:
     report = common.Report("indicators", fixed, ("torch", "transformers"))
     for name in models:
         for batch in batches:
-            case = make_case(name, batch, options.indicators, options.dtype, peer, arguments)
+            case = make_case(name, batch, *given)
             rows = compare(case, batch, options.repeats)
             if options.memory:
                 _add_peaks(rows, name, batch, options, peer)
@@ -98,7 +103,12 @@ def main() -> None:
 
 
 def make_case(
-    name: str, batch: int, indicators: list[str], dtype: str, peer: bool, arguments: dict[str, Any]
+    name: str,
+    batch: int,
+    indicators: list[str],
+    dtype: str,
+    of_peer: list[str] | None,
+    arguments: dict[str, Any],
 ) -> Case:
     """Compiles our programs and prepares PyTorch's calls.
 
@@ -107,7 +117,7 @@ def make_case(
       batch: images.
       indicators: to measure.
       dtype: our compute type; PyTorch's follows.
-      peer: whether PyTorch takes part.
+      of_peer: indicators that PyTorch measures, too; None without it.
       arguments: further ones of `vi.measure`.
     """
     name, _, pixels = name.partition("@")
@@ -116,8 +126,8 @@ def make_case(
     shape = (batch, *model.config.image_size, 3)
     images = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     theirs: dict[str, Callable[[], Any]] = {}
-    if peer:
-        model, params, theirs = _with_peer(model, images, indicators, dtype)
+    if of_peer is not None:
+        model, params, theirs = _with_peer(model, images, of_peer, dtype)
     else:
         params = common.random_params(model)
     return Case(*_ours(model, params, jnp.asarray(images), indicators, arguments), theirs)
@@ -138,7 +148,7 @@ def _ours(
 def programs(
     model: ViT, indicators: list[str], arguments: dict[str, Any]
 ) -> dict[str, Callable[..., Any]]:
-    """Functions of parameters and images: forward, and with backward; each indicator."""
+    """Functions of parameters and images: forward, each indicator, and what it is compared to."""
 
     def backward(params: Any, images: Any) -> Any:
         def score(images: Any) -> Any:
@@ -149,8 +159,9 @@ def programs(
 
     functions: dict[str, Callable[..., Any]] = {
         FORWARD: lambda params, images: model.apply({"params": params}, images),
-        _BACKWARD: backward,
     }
+    if any(map(_is_graded, indicators)):
+        functions[_BACKWARD] = backward
     for name in indicators:
         functions[name] = lambda params, images, name=name: vi.measure(
             model, params, images, (name,), **arguments
@@ -209,14 +220,17 @@ def compare(case: Case, batch: int, repeats: int) -> list[common.Row]:
                 "difference": _difference(case.ours[name](), case.theirs[name]()),
             }
         if name in case.memory:
-            graded = "output_grad" in vx.NEEDS.get(name, ())
-            own = case.memory[_BACKWARD if graded else FORWARD]
+            own = case.memory[_BACKWARD if _is_graded(name) else FORWARD]
             row |= {
                 "temporary_mib": case.memory[name],
                 "memory_ratio": case.memory[name] / own,
             }
         rows.append(row)
     return rows
+
+
+def _is_graded(name: str) -> bool:
+    return "output_grad" in vx.NEEDS.get(name, ())
 
 
 def _difference(ours: Any, theirs: Any) -> float:
@@ -238,6 +252,7 @@ def _add_peaks(
             "--dtype", options.dtype,
             *(f"--measure={key}={value!r}" for key, value in options.measure),
             *(["--no-peer"] if options.no_peer else []),
+            *(["--peer-forward"] if options.peer_forward else []),
         ]  # fmt: skip
         found = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
         for row in rows:

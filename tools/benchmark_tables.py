@@ -51,6 +51,18 @@ COMMANDS: dict[str, list[str]] = {
     # One process has no memory for PyTorch's maps of all indicators at once, and ours.
     "indicators_518_8": [*_AT_518, "--indicators", "attention,leave_one_out"],
     "indicators_518_8_backward": [*_AT_518, "--indicators", "gradient,edge"],
+    "indicators_518_32": [
+        "indicators",
+        "--models",
+        "vit_s14@518",
+        "--batches",
+        "32",
+        "--repeats",
+        "3",
+        "--indicators",
+        "attention,leave_one_out",
+        "--peer-forward",
+    ],
     "indicators_b16": [
         "indicators",
         "--models",
