@@ -78,6 +78,16 @@ def test_indicators_are_those_of_pytorch(run, shallow):
 
 
 @pytest.mark.slow
+def test_peer_runs_its_forward_pass_alone(run, shallow):
+    pytest.importorskip("transformers")
+    rows = run("indicators", "--models", "vit_ti16@32", "--batches", "2", "--repeats", "1",
+               "--indicators", "attention", "--peer-forward")  # fmt: skip
+    assert [row["what"] for row in rows] == ["forward", "attention", "forward, eager"]
+    assert ["torch_images_s" in row for row in rows] == [True, False, True]
+    assert rows[0]["difference"] < 1e-4
+
+
+@pytest.mark.slow
 def test_blocks(run, shallow):
     rows = run("blocks", "--models", "vit_ti16@32", "--blocks", "2,5", "--repeats", "1",
                "--indicators", "leave_one_out")  # fmt: skip

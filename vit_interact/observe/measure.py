@@ -144,20 +144,8 @@ def measure(
     blocks = query_blocks(model, together, None, block, names)
     blocks = dataclasses.replace(blocks or QueryBlocks(layout.num_patches), layout=layout)
     fields = FieldsOf(layout, coverages, several)
-    found = _measure(
-        model,
-        params,
-        images,
-        classes,
-        names,
-        chosen,
-        function,
-        None,
-        mask,
-        blocks,
-        together,
-        fields,
-    )[1]
+    task = _Task(names, chosen, function, blocks, together, fields)
+    found = _measure(model, params, images, classes, None, mask, task)[1]
     return {name: found[name] for name in names}
 
 
@@ -181,9 +169,8 @@ def measure_with_logits(
     blocks: QueryBlocks | Tiles | None = tiles(model, names, mask, block, kernel)
     together = images_together(model, images.shape[0], keep, mask, function)
     blocks = blocks or query_blocks(model, together, keep, block, names)
-    logits, maps = _measure(
-        model, params, images, classes, names, chosen, function, keep, mask, blocks, together
-    )
+    task = _Task(names, chosen, function, blocks, together)
+    logits, maps = _measure(model, params, images, classes, keep, mask, task)
     return logits, {name: maps[name] for name in names}  # jit returns names in sorted order
 
 
@@ -197,38 +184,54 @@ def _checked(
     return names, choose_layers(model, params, images, layers), *make_score(score, images.shape[0])
 
 
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """What a program of `_measure` does, whatever its arrays hold: one compilation for each.
+
+    Attributes:
+      names: of indicators.
+      layers: their numbers.
+      score: of logits; None is that of `classes`.
+      blocks: how many queries, heads or tiles are worked on at a time.
+      together: how many images.
+      fields: what each layer is reduced to in place of maps.
+    """
+
+    names: tuple[str, ...]
+    layers: tuple[int, ...]
+    score: Callable[[Array], Array] | None
+    blocks: QueryBlocks | Tiles | None
+    together: int
+    fields: FieldsOf | None = None
+
+
 @jit(
     batch=lambda model, params, images, *_: (model, images.shape[0]),
-    static_argnames=("model", "names", "layers", "score", "blocks", "together", "fields"),
+    static_argnames=("model", "task"),
 )
 def _measure(
     model: Any,
     params: Any,
     images: Array,
     classes: Array | None,
-    names: tuple[str, ...],
-    layers: tuple[int, ...],
-    score: Callable[[Array], Array] | None,
     keep: Array | None,
     mask: LayerMask,
-    blocks: QueryBlocks | Tiles | None,
-    together: int,
-    fields: FieldsOf | None = None,
+    task: _Task,
 ) -> tuple[Array, dict[str, Any]]:
-    """Logits and maps, or fields, of `together` images at a time."""
+    """Logits and maps, or fields, of `task.together` images at a time."""
 
     def some(images: Array, classes: Array | None, keep: Array | None) -> Any:
-        chosen = (names, layers, score)
-        return _measure_at_once(model, params, images, classes, *chosen, keep, mask, blocks, fields)
+        return _measure_at_once(model, params, images, classes, keep, mask, task)
 
-    if together == images.shape[0]:
+    if task.together == images.shape[0]:
         logits, found = some(images, classes, keep)
         return logits, {
             name: _stack(list(made.each)) if isinstance(made, Layers) else made
             for name, made in found.items()
         }
-    axes = 1 if fields is None else fields.image_axes
-    return map_images(some, together, images, classes, keep, axes=(0, dict.fromkeys(names, axes)))
+    axis = 1 if task.fields is None else task.fields.image_axes
+    axes = (0, dict.fromkeys(task.names, axis))
+    return map_images(some, task.together, images, classes, keep, axes=axes)
 
 
 def _measure_at_once(
@@ -236,15 +239,12 @@ def _measure_at_once(
     params: Any,
     images: Array,
     classes: Array | None,
-    names: tuple[str, ...],
-    layers: tuple[int, ...],
-    score: Callable[[Array], Array] | None,
     keep: Array | None,
     mask: LayerMask,
-    blocks: QueryBlocks | Tiles | None,
-    fields: FieldsOf | None,
+    task: _Task,
 ) -> tuple[Array, dict[str, Layers | Fields]]:
     """Logits, and maps of each layer or fields, of images that are worked on together."""
+    names, layers, fields = task.names, task.layers, task.fields
     backward = tuple(name for name in names if needs_backward(name))
     forward = tuple(name for name in names if name not in backward)
     # A rollout passes through every layer below the ones asked for.
@@ -254,7 +254,7 @@ def _measure_at_once(
     reduce, reduce_grad = (Maps(chosen) if chosen else None for chosen in (forward, backward))
     if fields is not None:
         reduce, reduce_grad = (f and fields.reducing(f) for f in (reduce, reduce_grad))
-    taps = Taps(layers=below, reduce=reduce, reduce_grad=reduce_grad, blocks=blocks)
+    taps = Taps(layers=below, reduce=reduce, reduce_grad=reduce_grad, blocks=task.blocks)
 
     def sinks(attended: Any) -> dict[str, jax.ShapeDtypeStruct]:
         if fields is not None:
@@ -263,7 +263,7 @@ def _measure_at_once(
         shape = jax.ShapeDtypeStruct((batch, *square), attended.weights.dtype)
         return dict.fromkeys(backward, shape)
 
-    score = score or functools.partial(class_score, classes=classes)
+    score = task.score or functools.partial(class_score, classes=classes)
     probed = probe(model, params, images, taps, sinks, score, keep, mask)
     positions = [below.index(layer) for layer in layers]
     found: dict[str, Any] = {}
