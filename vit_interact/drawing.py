@@ -8,33 +8,44 @@ import contextlib
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from vit_interact.data.naming import slug
 from vit_interact.processes import collect_seldom, deaf_to_interrupts, end_with_parent
-from vit_interact.viz.image_data import ImageData, PlainImage
+from vit_interact.viz.image_data import PlainImage
+from vit_interact.viz.stems import TITLES
 
 if TYPE_CHECKING:
     import xarray as xr
 
 # Rendering in other processes pays only when there is enough of it.
 _POOL_FROM = 12
+# Each takes about 120 MB, and so many draw faster than most accelerators measure.
+_MOST_WORKERS = 16
 
 Render: TypeAlias = "Callable[[xr.Dataset, Path], list[Future[None]]]"
 """Draws a batch's figures into an output folder; gives what is not drawn yet."""
 
 
-def _render_one(one: ImageData, folder: Path, part: int = 0, parts: int = 1) -> None:
-    from vit_interact.viz.figures import FIGURES, render_image
+def _render_one(one: PlainImage, folder: Path, stems: Sequence[str]) -> None:
+    from vit_interact.viz.figures import render_image
 
-    render_image(one, folder, list(FIGURES)[part::parts])
+    render_image(one, folder, stems)
 
 
-def _folder_of(one: xr.Dataset, out: Path) -> Path:
-    return out / "images" / slug(str(one["image"].values))
+def folder_of(name: str, out: Path) -> Path:
+    """Where the figures of an image go."""
+    return out / "images" / slug(name)
+
+
+def _plain(dataset: xr.Dataset, out: Path) -> Iterator[tuple[PlainImage, Path]]:
+    """Every image with its folder."""
+    for index in range(dataset.sizes["image"]):
+        one = PlainImage.of(dataset.isel(image=index))
+        yield one, folder_of(str(one["image"].item()), out)
 
 
 def _start_worker() -> None:
@@ -46,7 +57,7 @@ def _start_worker() -> None:
 
 
 @contextlib.contextmanager
-def renderer(images: int) -> Iterator[Render]:
+def renderer(images: int, stems: Sequence[str] = tuple(TITLES)) -> Iterator[Render]:
     """Draws figures, in other processes where that pays; what they draw meanwhile are futures.
 
     It pays when there are many, and when Matplotlib is not imported yet: that takes as long as
@@ -54,15 +65,15 @@ def renderer(images: int) -> Iterator[Render]:
 
     Args:
       images: at most, over all batches.
+      stems: which figures, keys of `stems.TITLES`.
     """
-    workers = min(4, os.cpu_count() or 1)
+    workers = min(_MOST_WORKERS, os.cpu_count() or 1, images * len(stems))
     ready = "matplotlib.figure" in sys.modules or workers == 1
-    if not images or (images < _POOL_FROM and ready):
+    if not workers or (images < _POOL_FROM and ready):
 
         def render(dataset: xr.Dataset, out: Path) -> list[Future[None]]:
-            for index in range(dataset.sizes["image"]):
-                one = dataset.isel(image=index)
-                _render_one(one, _folder_of(one, out))
+            for one, folder in _plain(dataset, out) if stems else ():
+                _render_one(one, folder, stems)
             return []
 
         yield render
@@ -78,12 +89,10 @@ def renderer(images: int) -> Iterator[Render]:
 
         def render_in_pool(dataset: xr.Dataset, out: Path) -> list[Future[None]]:
             # Here, or the parent would import Matplotlib before it has computed anything.
-            count = dataset.sizes["image"]
-            parts = max(1, workers // count)
-            each = (dataset.isel(image=index) for index in range(count))
+            parts = min(max(1, workers // dataset.sizes["image"]), len(stems))
             drawn = [
-                pool.submit(_render_one, PlainImage.of(one), _folder_of(one, out), part, parts)
-                for one in each
+                pool.submit(_render_one, one, folder, stems[part::parts])
+                for one, folder in _plain(dataset, out)
                 for part in range(parts)
             ]
             asked.extend(drawn)
@@ -91,6 +100,11 @@ def renderer(images: int) -> Iterator[Render]:
 
         try:
             yield render_in_pool
+        except BaseException:
+            # It will not count, so what waits need not begin.
+            for figures in asked:
+                figures.cancel()
+            raise
         finally:
             if not asked:
                 # Nobody waits for imports that nobody needs.

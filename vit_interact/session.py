@@ -9,12 +9,14 @@ before the next batch.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +24,8 @@ import numpy as np
 
 from vit_interact.data.images import ImageError, read_image
 from vit_interact.data.naming import Work, name_files, visible
-from vit_interact.drawing import Render, renderer
+from vit_interact.drawing import Render, folder_of, renderer
+from vit_interact.viz.stems import TITLES, applies
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -86,8 +89,11 @@ def analyze_folder(
     overwrite: bool = False,
     advance: Callable[[int], None] = lambda images: None,
     render: Render | None = None,
+    figures: Sequence[str] = tuple(TITLES),
 ) -> Outcome:
     """Analyses files into `out`, skipping what an earlier run with the same options did.
+
+    A batch is drawn while the next one is measured.
 
     Args:
       checkpoint: from `load_checkpoint`.
@@ -98,6 +104,8 @@ def analyze_folder(
       overwrite: forget what the folder holds from runs with other options.
       advance: called with a number of images whenever they are finished, skipped or refused.
       render: of a `renderer` that was begun before; None for one of its own.
+      figures: which to draw, keys of `stems.TITLES`; those that an earlier run left out are drawn
+        from its arrays.
 
     Raises:
       ValueError: when the folder holds an analysis with other options or weights.
@@ -121,23 +129,68 @@ def analyze_folder(
     # A few images don't pay for the padding of a large batch.
     batch_size = min(batch_size, max(1, len(todo)))
     done = 0
-    with contextlib.nullcontext(render) if render else renderer(len(todo)) as draw:
-        for start in range(0, len(todo), batch_size):
-            chunk = todo[start : start + batch_size]
-            good, pictures = _decode(chunk, checkpoint, failures)
-            if good:
-                names = [work.name for work in good]
-                dataset = analyze_pictures(
-                    checkpoint, pictures, names, batch_size, **options.for_analyze()
-                )
-                drawn = draw(dataset, out)
-                folder.append(dataset)
-                for figures in drawn:
-                    figures.result()
-                folder.commit(good)
-            done += len(good)
-            advance(len(chunk))
+    with contextlib.nullcontext(render) if render else renderer(len(files), figures) as draw:
+        for dataset in folder.undrawn(figures, batch_size):
+            _wait(draw(dataset, out))
+        with _Behind(folder, advance) as behind:
+            for start in range(0, len(todo), batch_size):
+                chunk = todo[start : start + batch_size]
+                good, pictures = _decode(chunk, checkpoint, failures)
+                advance(len(chunk) - len(good))
+                if good:
+                    names = [work.name for work in good]
+                    dataset = analyze_pictures(
+                        checkpoint, pictures, names, batch_size, **options.for_analyze()
+                    )
+                    drawn = draw(dataset, out)
+                    folder.append(dataset)
+                    behind.add(good, drawn)
+                    done += len(good)
     return Outcome(folder.finish(failures, fresh=done > 0), done, skipped, failures)
+
+
+class _Behind:
+    """Batches whose arrays are written and whose figures are being drawn.
+
+    One at most while the next is measured: more would only take memory. At the end, and where the
+    run fails, the figures are waited for; after Ctrl-C what is not complete by then is given up.
+    """
+
+    def __init__(self, folder: _Folder, advance: Callable[[int], None]) -> None:
+        self._folder, self._advance = folder, advance
+        self._waiting: collections.deque[tuple[list[Work], list[Future[None]]]] = (
+            collections.deque()
+        )
+
+    def __enter__(self) -> _Behind:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        given_up = kind is not None and not issubclass(kind, Exception)
+        while self._waiting and not (given_up and not _complete(self._waiting[0][1])):
+            self._commit_first()
+
+    def add(self, works: list[Work], drawn: list[Future[None]]) -> None:
+        """Takes a batch in, and waits for the one before."""
+        self._waiting.append((works, drawn))
+        while len(self._waiting) > 1 or (self._waiting and _complete(self._waiting[0][1])):
+            self._commit_first()
+
+    def _commit_first(self) -> None:
+        works, drawn = self._waiting[0]
+        _wait(drawn)  # where it fails this batch stays the first: none counts before it
+        self._folder.commit(works)
+        self._waiting.popleft()
+        self._advance(len(works))
+
+
+def _wait(drawn: list[Future[None]]) -> None:
+    for figures in drawn:
+        figures.result()
+
+
+def _complete(drawn: list[Future[None]]) -> bool:
+    return all(figures.done() for figures in drawn)
 
 
 def _fingerprint(checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
@@ -173,6 +226,7 @@ class _Folder:
         self.store, self.progress = path / "analysis.zarr", path / "progress.json"
         self.report = path / "report.html"
         self.done: dict[str, str] = {}
+        self.written = 0  # images in the store, some of which may not count yet
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path} is a file; --out needs a folder")
         path.mkdir(parents=True, exist_ok=True)
@@ -209,7 +263,8 @@ class _Folder:
         self.done = done
         if not self.store.exists():
             self.done = {}
-        self._cut_back(len(self.done))
+        self.written = len(self.done)
+        self._cut_back(self.written)
 
     def _made(self) -> list[Path]:
         """What this command writes beside `progress.json`."""
@@ -245,7 +300,7 @@ class _Folder:
         """Adds a batch to the store; it counts only after `commit`."""
         (self.store / ".zmetadata").unlink(missing_ok=True)
         # Format 2: variable-length strings and consolidated metadata are stable in it.
-        if not self.done:
+        if not self.written:
             encoding = {
                 str(name): {"chunks": tuple(
                     1 if axis < _IMAGE_CHUNK.get(str(name), 1) else size
@@ -263,6 +318,24 @@ class _Folder:
                 self.store, append_dim="image", consolidated=False, zarr_format=2
             )
             self._name_coordinates(dataset)
+        self.written += dataset.sizes["image"]
+
+    def undrawn(self, stems: Sequence[str], batch_size: int) -> Iterator[xr.Dataset]:
+        """Images that an earlier run has measured and not drawn, a few at a time."""
+        if not self.done:
+            return
+        import xarray as xr
+
+        dataset = xr.open_zarr(self.store, consolidated=False)
+        wanted = [f"{stem}.png" for stem in stems if applies(stem, dataset)]
+        folders = [folder_of(str(name), self.path) for name in dataset["image"].values]
+        missing = [
+            index
+            for index, folder in enumerate(folders)
+            if not all((folder / name).exists() for name in wanted)
+        ]
+        for start in range(0, len(missing), batch_size):
+            yield dataset.isel(image=missing[start : start + batch_size]).load()
 
     def _name_coordinates(self, dataset: xr.Dataset) -> None:
         """Names the coordinates of a store again: appending forgets those without images."""

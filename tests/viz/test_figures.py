@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vit_interact.viz import figures, png, style
+from vit_interact.viz import figures, png, stems, style
 from vit_interact.viz.fields import full_length
 from vit_interact.viz.scene import Scene, coverage_map, spaced_strongest, spread_sample
 from vit_interact.viz.sheet import color_limits
@@ -371,4 +371,5 @@ def test_predicted_windows_are_the_datasets(square: xr.Dataset) -> None:
     area = np.prod(boxes[:, 2:] - boxes[:, :2], axis=-1).mean() / len(boxes)
     assert f"layer 3: mean area {area:.0%}".replace("%", " %") in words(figure)
     plain = one.drop_vars("predicted_window")
-    assert "predicted" not in [stem for stem in figures.FIGURES if figures.applies(stem, plain)]
+    assert list(figures.FIGURES) == list(stems.TITLES)
+    assert "predicted" not in [stem for stem in stems.TITLES if stems.applies(stem, plain)]

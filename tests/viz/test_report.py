@@ -16,6 +16,7 @@ from PIL import Image
 
 from vit_interact.data.naming import slug
 from vit_interact.viz import report
+from vit_interact.viz.stems import TITLES
 
 VOID = {"meta", "img", "br", "link", "hr", "input"}
 
@@ -97,7 +98,7 @@ def test_every_link_leads_to_a_file_or_a_place(square: xr.Dataset, tmp_path: Pat
     for name in square["image"].values:
         folder = out / "images" / slug(str(name))
         folder.mkdir(parents=True)
-        for stem in report.FIGURES:
+        for stem in TITLES:
             (folder / f"{stem}.png").touch()
     for sheet in ("contact_sheet.png", "contact_sheet_2.png", "contact_sheet_10.png"):
         (out / sheet).touch()

@@ -9,12 +9,14 @@ import typer
 
 from vit_interact.cli.shell import (
     DEFAULT_MODEL,
+    among,
     command,
     load,
     names_of,
     one_line_errors,
     progress,
 )
+from vit_interact.viz.stems import TITLES
 
 if TYPE_CHECKING:
     from vit_interact.drawing import Render
@@ -53,10 +55,17 @@ def _parse_score(text: str, checkpoint: Checkpoint) -> str | int:
     )  # fmt: skip
 
 
+def _figures_of(text: str) -> tuple[str, ...]:
+    """Stems of the figures to draw."""
+    names = among("--figures", text, ("all", "none", *TITLES))
+    return tuple(TITLES if "all" in names else (name for name in names if name != "none"))
+
+
 @command(
     "vit-interact analyze cat.jpg dog.png",
     "vit-interact analyze photos/ --model google/vit.safetensors --indicator edge --out cats",
     "vit-interact analyze 'photos/**/*.jpg' --model hf:facebook/dinov2-small --layers 0,5,11",
+    "vit-interact analyze photos/ --figures none --out arrays",
 )
 def analyze(
     images: Annotated[list[str], typer.Argument(help="Files, folders or glob patterns.")],
@@ -88,6 +97,13 @@ def analyze(
     arch: Annotated[
         str | None, typer.Option(help="Architecture when the file does not tell it all.")
     ] = None,
+    figures: Annotated[
+        str,
+        typer.Option(
+            help="PNG files of every image: all, none, or some of "
+            f"{', '.join(TITLES)}. They take longer than measuring; the report has its own."
+        ),
+    ] = "all",
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("vit-interact-out"),
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an analysis made with other options.")
@@ -105,9 +121,10 @@ def analyze(
         from vit_interact.drawing import renderer
         from vit_interact.session import Options
 
+        stems = _figures_of(figures)
         files = find_images(images)
         # Others import Matplotlib while JAX comes in here.
-        with renderer(len(files)) as render:
+        with renderer(len(files), stems) as render:
             first, *others = names_of(indicator)
             if not 0 < coverage <= 1:
                 raise ValueError(f"--coverage {coverage}: expected a share in (0, 1]")
@@ -116,7 +133,9 @@ def analyze(
             scored = _parse_score(score, checkpoint)
             options = Options(first, coverage, chosen, scored, tuple(others))
             _check_score(options, checkpoint)
-            outcome = _analyze(checkpoint, files, out, options, batch_size, overwrite, render)
+            outcome = _analyze(
+                checkpoint, files, out, options, batch_size, overwrite, render, stems
+            )
     _report(outcome, checkpoint, out)
 
 
@@ -136,13 +155,13 @@ def _check_score(options: Options, checkpoint: Checkpoint) -> None:
 
 def _analyze(
     checkpoint: Checkpoint, files: list[Path], out: Path, options: Any, batch_size: int,
-    overwrite: bool, render: Render | None = None,
+    overwrite: bool, render: Render | None = None, figures: tuple[str, ...] = tuple(TITLES),
 ) -> Outcome:  # fmt: skip
     from vit_interact.session import analyze_folder
 
     with progress("analysing", len(files)) as advance:
         return analyze_folder(
-            checkpoint, files, out, options, batch_size, overwrite, advance, render
+            checkpoint, files, out, options, batch_size, overwrite, advance, render, figures
         )
 
 

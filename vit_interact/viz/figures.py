@@ -49,6 +49,7 @@ from vit_interact.viz.sheet import (
     hatch,
     panel_rows,
 )
+from vit_interact.viz.stems import applies
 
 #: Shares of the patches that `draw_removal` greys out.
 REMOVED_SHARES = (0.0, 0.25, 0.5, 0.75, 0.9)
@@ -366,11 +367,6 @@ FIGURES: Mapping[str, Callable[[ImageData], Figure]] = MappingProxyType(
         "predicted": draw_predicted,
     }
 )
-
-
-def applies(stem: str, data: ImageData) -> bool:
-    """Whether a figure can be drawn: plain models predict no windows."""
-    return stem != "predicted" or "predicted_window" in data
 
 
 def render_image(

@@ -22,10 +22,10 @@ from matplotlib.figure import Figure
 from vit_interact.data.naming import slug, visible
 from vit_interact.viz import style
 from vit_interact.viz.fields import draw_arrows, full_length
-from vit_interact.viz.figures import FIGURES
 from vit_interact.viz.png import LEVELS, save
 from vit_interact.viz.scene import Scene, predictions
 from vit_interact.viz.sheet import UPPER, Pixels, color_limits, fitted
+from vit_interact.viz.stems import TITLES
 from vit_interact.viz.wheel import draw_wheel
 
 #: Images on one contact sheet; more go on further sheets.
@@ -39,17 +39,6 @@ _MARGIN = 28.0
 _TOP = 132.0
 _WORDS = 66  # height of the two lines below each image
 _WIDTH = 2 * _MARGIN + _ACROSS * _CELL + (_ACROSS - 1) * _GAP
-
-#: What each figure shows, for links and alternative texts.
-FIGURE_TITLES = {
-    "received_impact": "received impact",
-    "interaction": "interactions of the strongest patches",
-    "windows": "adaptive windows",
-    "field": "responsive field",
-    "growth": "growth with depth",
-    "removal": "removal of the least discriminative patches",
-    "predicted": "predicted windows",
-}
 
 
 def contact_sheet(ds: xr.Dataset, path: str | os.PathLike[str]) -> list[Path]:
@@ -292,8 +281,8 @@ def _rows(ds: xr.Dataset, folder: Path, base: Path) -> Iterator[Row]:
             area=_mean(area * 100, "{:.1f} %"),
             spread=_mean(scene.array("combined_spread"), "{:.2f} patches"),
             links=[
-                Link(FIGURE_TITLES[stem], _href(files / f"{stem}.png", base))
-                for stem in FIGURES
+                Link(title, _href(files / f"{stem}.png", base))
+                for stem, title in TITLES.items()
                 if (files / f"{stem}.png").is_file()
             ],
         )

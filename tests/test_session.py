@@ -1,0 +1,98 @@
+"""Analysis folders: batches are drawn while others are measured, and figures are a choice."""
+
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+from tests.cli_data import photographs, tiny_weights
+from tests.test_cli import one_error, run
+from vit_interact.data.naming import Work
+from vit_interact.session import _Behind, _Folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return _Folder(tmp_path / "out", {}, overwrite=False)
+
+
+def works(*names):
+    return [Work(name, Path(name), "") for name in names]
+
+
+def drawn(failure=None):
+    future = Future()
+    if failure is None:
+        future.set_result(None)
+    else:
+        future.set_exception(failure)
+    return future
+
+
+def test_batches_count_in_order_one_behind(folder):
+    told, second = [], Future()
+    with _Behind(folder, told.append) as behind:
+        behind.add(works("a", "b"), [drawn(), drawn()])
+        assert list(folder.done) == ["a", "b"]  # there is nothing to wait for
+        behind.add(works("c"), [second])
+        assert list(folder.done) == ["a", "b"]
+        second.set_result(None)
+        behind.add(works("d"), [Future()])
+        assert list(folder.done) == ["a", "b", "c"]
+        behind._waiting[0][1][0].set_result(None)
+    assert list(folder.done) == ["a", "b", "c", "d"] and told == [2, 1, 1]
+
+
+def test_what_was_measured_counts_when_the_next_batch_fails(folder):
+    figures = Future()
+    with pytest.raises(ValueError, match="memory"), _Behind(folder, lambda count: None) as behind:
+        behind.add(works("a"), [figures])
+        figures.set_result(None)
+        raise ValueError("memory")
+    assert list(folder.done) == ["a"]
+
+
+def test_after_interrupt_only_what_is_complete_counts(folder):
+    with pytest.raises(KeyboardInterrupt), _Behind(folder, lambda count: None) as behind:
+        behind.add(works("a"), [Future()])
+        raise KeyboardInterrupt
+    assert list(folder.done) == []
+
+
+def test_nothing_counts_after_a_figure_that_failed(folder):
+    """Arrays are in the order of the record: a batch left out would shift all later ones."""
+    first = Future()
+    with pytest.raises(OSError, match="full"), _Behind(folder, lambda count: None) as behind:
+        behind.add(works("a"), [first])
+        first.set_exception(OSError("disk full"))
+        behind.add(works("b"), [drawn()])
+    assert list(folder.done) == []
+
+
+def test_figures_are_a_choice_and_drawn_later_from_the_arrays(tmp_path, monkeypatch):
+    weights, images = tiny_weights(tmp_path), photographs(tmp_path / "in", 3)
+    command = ("analyze", images, "--model", weights, "--batch-size", "2", "--out")
+    out, at_once = tmp_path / "out", tmp_path / "at_once"
+    assert "3 analysed" in run(*command, out, "--figures", "none").output
+    assert not (out / "images").exists() and (out / "report.html").exists()
+    run(*command, at_once, "--figures", "windows")
+
+    def never(*_, **__):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("vit_interact.observe.files.analyze_pictures", never)
+    assert "0 analysed, 3 done before" in run(*command, out, "--figures", "none,windows").output
+    for folder in (out, at_once):
+        found = sorted((folder / "images").glob("*/*"))
+        assert [path.name for path in found] == ["windows.png"] * 3
+    for one, other in zip(found, sorted((out / "images").glob("*/*")), strict=True):
+        assert one.read_bytes() == other.read_bytes()
+    links = (out / "index.html").read_text()
+    assert "adaptive windows" in links and "growth with depth" not in links
+
+
+def test_unknown_figures_are_refused_before_anything_is_done(tmp_path):
+    images = photographs(tmp_path / "in", 1)
+    message = one_error("analyze", images, "--figures", "window", "--out", tmp_path / "out")
+    assert "--figures 'window'" in message and "all,none,received_impact" in message
+    assert not (tmp_path / "out").exists()
