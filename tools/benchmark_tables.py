@@ -90,6 +90,7 @@ COMMANDS: dict[str, list[str]] = {
     "data_path": ["data_path", "--repeats", "21"],
     "viewer": ["viewer"],
     "start": ["start"],
+    "analyze": ["analyze"],
     "tracing": ["tracing"],
 }
 COMPILED_ONLY = ("memory", "scaling")  # other programs on the cores change nothing there

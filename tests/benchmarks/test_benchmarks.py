@@ -329,6 +329,14 @@ def test_tables_are_made_from_files(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_analyze(run):
+    rows = run("analyze", "--few", "1", "--many", "3", "--repeats", "1")
+    assert [row["figures"] for row in rows] == ["none", "received_impact", "all"]
+    positive(rows, "few_s", "cpu_image_s")
+    assert rows[0]["cpu_image_s"] < rows[2]["cpu_image_s"]
+
+
+@pytest.mark.slow
 def test_start(run):
     rows = run("start", "--repeats", "1")
     assert [row["what"] for row in rows] == ["--help", "analyze, cold", "analyze, kept"]
