@@ -21,10 +21,12 @@ def five():
     return model, params, np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
-def of_tokens(monkeypatch, tokens):
-    """As on one device."""
+def so_many(monkeypatch, model, images):
+    """As on one device, with so many images together."""
+    config = model.config
+    most = 4 * images * config.layout.num_tokens * config.width
     monkeypatch.setattr(ways, "can_split_images", lambda: True)
-    monkeypatch.setattr(ways, "_TOKENS_TOGETHER", tokens)
+    monkeypatch.setattr(ways, "_BYTES_TOGETHER", most)
 
 
 def close(found, expected, tolerance=1e-5):
@@ -37,14 +39,13 @@ def close(found, expected, tolerance=1e-5):
 def test_maps_and_logits_are_those_of_all(five, monkeypatch):
     """Five images two at a time: one of them twice."""
     model, _, _ = five
-    tokens = model.config.layout.num_tokens
     keep = np.array([[0, 3, 7], [1, 2, 11], [2, 3, 4], [0, 1, 2], [9, 10, 11]], np.int32)
     calls = [
         dict(score=np.array([3, 0, 1, 2, 3]), indicators=NAMES),
         dict(keep=keep, indicators=("leave_one_out",)),
     ]
     expected = [measure_with_logits(*five, **call) for call in calls]
-    of_tokens(monkeypatch, 2 * tokens + 1)
+    so_many(monkeypatch, model, 2)
     assert ways.images_together(model, 5, None, None, None) == 2
     found = [measure_with_logits(*five, **call) for call in calls]
     jax.tree.map(close, found, expected)
@@ -54,7 +55,7 @@ def test_maps_and_logits_are_those_of_all(five, monkeypatch):
 def test_fields_are_those_of_all(five, monkeypatch, coverage):
     choice = dict(indicators=("attention",), layers=(1,), reduce="fields", coverage=coverage)
     expected = vi.measure(*five, **choice)
-    of_tokens(monkeypatch, 1)
+    so_many(monkeypatch, five[0], 1)
     found = vi.measure(*five, **choice)
     assert isinstance(found["attention"], Fields)
     jax.tree.map(lambda one, other: close(one, other, 1e-3), found, expected)
@@ -67,7 +68,7 @@ def test_derivatives_are_those_of_all(five, monkeypatch):
         return jnp.sum(vi.measure(model, params, images, ("attention",))["attention"] ** 2)
 
     expected = jax.grad(total)(images)
-    of_tokens(monkeypatch, 1)
+    so_many(monkeypatch, model, 1)
     close(jax.grad(total)(images), expected)
 
 
@@ -75,8 +76,9 @@ def test_how_many(five, monkeypatch):
     model = vi.create_model("vit_s16")
     assert ways.images_together(model, 32, None, None, None) == 32  # eight devices
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    for images, together in ((0, 0), (1, 1), (11, 11), (12, 6), (13, 7), (32, 8), (33, 11)):
+    for images, together in ((0, 0), (1, 1), (16, 16), (17, 9), (20, 10), (32, 16), (33, 11)):
         assert ways.images_together(model, images, None, None, None) == together
+    assert ways.images_together(vi.create_model("vit_b16"), 32, None, None, None) == 8
     large = vi.create_model("vit_s14", image_size=518)
     assert ways.images_together(large, 8, None, None, None) == 1
     assert ways.images_together(large, 8, jnp.zeros((8, 100), int), None, None) == 8
@@ -101,7 +103,7 @@ def test_memory_does_not_grow_with_the_batch(monkeypatch):
         return jax.jit(run).lower(params, shape).compile().memory_analysis().temp_size_in_bytes
 
     whole = {name: temporary(16, name) for name in ("attention", "gradient")}
-    of_tokens(monkeypatch, 4 * model.config.layout.num_tokens)
+    so_many(monkeypatch, model, 4)
     for name, most in whole.items():
         assert temporary(16, name) < 0.5 * most
         assert temporary(64, name) < 0.7 * most

@@ -32,9 +32,11 @@ _KERNELS_PAY = {"attention", "dispersion", "gradient", "edge", "leave_one_out", 
 _MANY_TOKENS = 512
 _HEADS_PAY = {"leave_one_out"}
 _MANY_BYTES = 2 * WEIGHT_BYTES
-# Tokens of all images worked on together there: products of so many rows are as fast as they get,
-# and what is made of more does not stay in the cache (docs/kernels.md).
-_TOKENS_TOGETHER = 2304
+# Bytes of the hidden tokens, in float32, of images worked on together there: products of so many
+# rows are as fast as they get, and what is made of more does not stay in the cache. Images of many
+# tokens have enough rows sooner (docs/kernels.md).
+_BYTES_TOGETHER = 5_000_000
+_ROWS_TOGETHER = 2304
 
 
 def images_together(model: Any, images: int, keep: Any, mask: Any, score: Any) -> int:
@@ -45,7 +47,11 @@ def images_together(model: Any, images: int, keep: Any, mask: Any, score: Any) -
     """
     if not isinstance(model, ViT) or not can_split_images() or not (mask is None and score is None):
         return images
-    most = max(1, _TOKENS_TOGETHER // _count_tokens(model, keep))
+    tokens = _count_tokens(model, keep)
+    most = _BYTES_TOGETHER // (4 * tokens * model.config.width)
+    if tokens >= _MANY_TOKENS:
+        most = min(most, _ROWS_TOGETHER // tokens)
+    most = max(1, most)
     if images <= most:
         return images
     return min(range(most, most // 2, -1), key=lambda count: -images % count)
