@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+import vit_interact as vi
 from tests.cli_data import photographs, tiny_weights
 from tests.test_cli import one_error, run
+from vit_interact.data.images import find_images
 from vit_interact.data.naming import Work
-from vit_interact.session import _Behind, _Folder
+from vit_interact.session import Options, _Behind, _Folder, analyze_folder
 
 
 @pytest.fixture
@@ -81,6 +83,12 @@ def test_figures_are_a_choice_and_drawn_later_from_the_arrays(tmp_path, monkeypa
         raise AssertionError("measured again")
 
     monkeypatch.setattr("vit_interact.observe.files.analyze_pictures", never)
+    told = []
+    again = analyze_folder(
+        vi.load_checkpoint(weights), find_images([str(images)]), out, Options(), batch_size=2,
+        advance=told.append, figures=("windows",),
+    )  # fmt: skip
+    assert (again.done, again.skipped, told) == (0, 3, [0, 2, 1])
     assert "0 analysed, 3 done before" in run(*command, out, "--figures", "none,windows").output
     for folder in (out, at_once):
         found = sorted((folder / "images").glob("*/*"))

@@ -15,7 +15,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -117,21 +117,25 @@ def analyze_folder(
     folder = _Folder(out, _fingerprint(checkpoint, options), overwrite)
     failures: list[tuple[str, str]] = []
     todo: list[Work] = []
-    skipped = 0
+    again: list[str] = []  # as the folder calls them
     # The name's folders depend on the other files of the command, so they do not count here.
-    before = {(Path(name).name, digest) for name, digest in folder.done.items()}
+    before = {(Path(name).name, digest): name for name, digest in folder.done.items()}
     for work in name_files(files, folder.done, failures):
-        if (work.path.name, work.sha256) in before:
-            skipped += 1
-        else:
+        known = before.get((work.path.name, work.sha256))
+        if known is None:
             todo.append(work)
-    advance(skipped + len(failures))
-    # A few images don't pay for the padding of a large batch.
-    batch_size = min(batch_size, max(1, len(todo)))
+        else:
+            again.append(known)
+    late = folder.undrawn(again, figures)
+    advance(len(again) - len(late) + len(failures))
     done = 0
     with contextlib.nullcontext(render) if render else renderer(len(files), figures) as draw:
-        for dataset in folder.undrawn(figures, batch_size):
+        for start in range(0, len(late), batch_size):
+            dataset = folder.read(late[start : start + batch_size])
             _wait(draw(dataset, out))
+            advance(dataset.sizes["image"])
+        # A few images don't pay for the padding of a large batch.
+        batch_size = min(batch_size, max(1, len(todo)))
         with _Behind(folder, advance) as behind:
             for start in range(0, len(todo), batch_size):
                 chunk = todo[start : start + batch_size]
@@ -146,7 +150,7 @@ def analyze_folder(
                     folder.append(dataset)
                     behind.add(good, drawn)
                     done += len(good)
-    return Outcome(folder.finish(failures, fresh=done > 0), done, skipped, failures)
+    return Outcome(folder.finish(failures, fresh=done > 0), done, len(again), failures)
 
 
 class _Behind:
@@ -320,22 +324,22 @@ class _Folder:
             self._name_coordinates(dataset)
         self.written += dataset.sizes["image"]
 
-    def undrawn(self, stems: Sequence[str], batch_size: int) -> Iterator[xr.Dataset]:
-        """Images that an earlier run has measured and not drawn, a few at a time."""
-        if not self.done:
-            return
+    def undrawn(self, names: Sequence[str], stems: Sequence[str]) -> list[str]:
+        """Those of some images in the store that lack one of these figures."""
+        if not names or not stems:
+            return []
+        wanted = [f"{stem}.png" for stem in stems if applies(stem, self.read(names[:1]))]
+        return [
+            name
+            for name in names
+            if not all((folder_of(name, self.path) / file).exists() for file in wanted)
+        ]
+
+    def read(self, names: Sequence[str]) -> xr.Dataset:
+        """Images of the store, in memory."""
         import xarray as xr
 
-        dataset = xr.open_zarr(self.store, consolidated=False)
-        wanted = [f"{stem}.png" for stem in stems if applies(stem, dataset)]
-        folders = [folder_of(str(name), self.path) for name in dataset["image"].values]
-        missing = [
-            index
-            for index, folder in enumerate(folders)
-            if not all((folder / name).exists() for name in wanted)
-        ]
-        for start in range(0, len(missing), batch_size):
-            yield dataset.isel(image=missing[start : start + batch_size]).load()
+        return xr.open_zarr(self.store, consolidated=False).sel(image=list(names)).load()
 
     def _name_coordinates(self, dataset: xr.Dataset) -> None:
         """Names the coordinates of a store again: appending forgets those without images."""
