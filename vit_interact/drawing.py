@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Rendering in other processes pays only when there is enough of it.
 _POOL_FROM = 12
-# Each takes about 120 MB, and so many draw faster than most accelerators measure.
+# Each takes up to 200 MB, and so many draw faster than most accelerators measure.
 _MOST_WORKERS = 16
 
 Render: TypeAlias = "Callable[[xr.Dataset, Path], list[Future[None]]]"
