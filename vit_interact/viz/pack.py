@@ -77,16 +77,13 @@ def quantise(rows: Float[np.ndarray, "*n P"], bits: int = 8) -> Quantised:
     rows = np.nan_to_num(rows.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0).clip(0.0)
     scale = rows.max(axis=-1).astype(np.float32)
     unit = rows / np.where(scale > 0, scale, 1.0)[..., None]
-    # Column by column, each in one piece of memory: a third less time.
-    wanted = np.ascontiguousarray(np.moveaxis(unit, -1, 0))
-    found = np.empty(wanted.shape)
+    found = np.empty(rows.shape, np.uint8 if bits == 8 else np.uint16)
     carry = np.zeros(scale.shape)
-    for want, level in zip(wanted, found, strict=True):
-        want += carry
-        level[...] = np.rint(np.sqrt(want.clip(0.0, 1.0)) * levels)
-        carry = want - (level / levels) ** 2
-    entries = np.moveaxis(found, 0, -1).astype(np.uint8 if bits == 8 else np.uint16, order="C")
-    return entries, scale
+    for column in range(rows.shape[-1]):
+        wanted = unit[..., column] + carry
+        found[..., column] = np.rint(np.sqrt(wanted.clip(0.0, 1.0)) * levels)
+        carry = wanted - (found[..., column] / levels) ** 2
+    return found, scale
 
 
 def dequantise(
