@@ -32,16 +32,16 @@ def drawn(failure=None):
 
 
 def test_batches_count_in_order_one_behind(folder):
-    told, second = [], Future()
+    told, second, last = [], Future(), Future()
     with _Behind(folder, told.append) as behind:
         behind.add(works("a", "b"), [drawn(), drawn()])
         assert list(folder.done) == ["a", "b"]  # there is nothing to wait for
         behind.add(works("c"), [second])
         assert list(folder.done) == ["a", "b"]
         second.set_result(None)
-        behind.add(works("d"), [Future()])
+        behind.add(works("d"), [last])
         assert list(folder.done) == ["a", "b", "c"]
-        behind._waiting[0][1][0].set_result(None)
+        last.set_result(None)
     assert list(folder.done) == ["a", "b", "c", "d"] and told == [2, 1, 1]
 
 

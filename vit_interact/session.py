@@ -9,7 +9,6 @@ before the next batch.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import json
@@ -154,37 +153,37 @@ def analyze_folder(
 
 
 class _Behind:
-    """Batches whose arrays are written and whose figures are being drawn.
+    """The batch whose arrays are written and whose figures are being drawn.
 
-    One at most while the next is measured: more would only take memory. At the end, and where the
-    run fails, the figures are waited for; after Ctrl-C what is not complete by then is given up.
+    One while the next is measured: more would only take memory. At the end, and where the run
+    fails, its figures are waited for; after Ctrl-C it is given up if they are not complete by then.
     """
 
     def __init__(self, folder: _Folder, advance: Callable[[int], None]) -> None:
         self._folder, self._advance = folder, advance
-        self._waiting: collections.deque[tuple[list[Work], list[Future[None]]]] = (
-            collections.deque()
-        )
+        self._works: list[Work] = []
+        self._drawn: list[Future[None]] = []
 
     def __enter__(self) -> _Behind:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        given_up = kind is not None and not issubclass(kind, Exception)
-        while self._waiting and not (given_up and not _complete(self._waiting[0][1])):
-            self._commit_first()
+        if kind is None or issubclass(kind, Exception) or _complete(self._drawn):
+            self._commit()
 
     def add(self, works: list[Work], drawn: list[Future[None]]) -> None:
-        """Takes a batch in, and waits for the one before."""
-        self._waiting.append((works, drawn))
-        while len(self._waiting) > 1 or (self._waiting and _complete(self._waiting[0][1])):
-            self._commit_first()
+        """Takes a batch in, once the one before counts."""
+        self._commit()
+        self._works, self._drawn = works, drawn
+        if _complete(drawn):
+            self._commit()
 
-    def _commit_first(self) -> None:
-        works, drawn = self._waiting[0]
-        _wait(drawn)  # where it fails this batch stays the first: none counts before it
+    def _commit(self) -> None:
+        if not self._works:
+            return
+        _wait(self._drawn)  # where it fails this batch stays: none counts before it
+        works, self._works = self._works, []
         self._folder.commit(works)
-        self._waiting.popleft()
         self._advance(len(works))
 
 
