@@ -45,16 +45,32 @@ with warnings.catch_warnings(record=True) as told:
     within = jax.jit(lambda x: windows_of(x, TokenLayout(3, 4), coverage=0.8))(rows)
 for other in (again, within):
     jax.tree.map(np.testing.assert_array_equal, first, other)
-jax.tree.map(lambda x, y: np.testing.assert_array_equal(x.shape, y.shape), ready.out_info, first)
 np.testing.assert_array_equal(first[0], search(rows, TokenLayout(3, 4), 0.8))
 said = sum("cannot be used" in str(warning.message) for warning in told)
 print(len(traced) - 1, said, first[0].sum())
 """
 
 
-def run(what, folder):
-    """Times that the program was traced, warnings, and a sum of what it found."""
-    command = [sys.executable, "-c", SCRIPT, what, str(folder)]
+REMEMBER = """
+import pathlib, sys
+from vit_interact import programs
+from vit_interact.models import architecture
+from vit_interact.models.config import ViTConfig
+
+programs.keep_programs(pathlib.Path(sys.argv[2]))
+traced, trace = [], architecture.jax.eval_shape
+architecture.jax.eval_shape = lambda *a: traced.append(1) or trace(*a)
+config = ViTConfig(image_size=(32, 48), depth=int(sys.argv[1]), width=48, num_classes=3)
+shapes = architecture.expected_shapes(config)
+assert shapes == {path: tuple(shape) for path, shape in architecture._traced_shapes(config).items()}
+# One for the key, one for the model.
+print(len(traced) - 2, len(shapes))
+"""
+
+
+def run(what, folder, script=SCRIPT):
+    """Numbers that a process prints."""
+    command = [sys.executable, "-c", script, what, str(folder)]
     return tuple(map(int, subprocess.check_output(command, text=True, timeout=120).split()))
 
 
@@ -67,6 +83,17 @@ def test_a_program_is_traced_once_for_all_processes(tmp_path):
     (kept,) = tmp_path.iterdir()
     assert (traced, said) == (1, 0) and kept.name.startswith("_windows_of_")
     assert run("plain", tmp_path) == (0, 0, found)
+
+
+@on_cpu
+def test_shapes_are_traced_once_for_all_processes(tmp_path):
+    traced, count = run("2", tmp_path, REMEMBER)
+    (kept,) = tmp_path.iterdir()
+    assert traced == 2
+    assert run("2", tmp_path, REMEMBER) == (0, count)
+    kept.write_text("{")
+    assert run("2", tmp_path, REMEMBER) == (2, count)
+    assert run("3", tmp_path, REMEMBER)[0] == 2 and len(list(tmp_path.iterdir())) == 2
 
 
 @on_cpu

@@ -83,7 +83,7 @@ def machine() -> str:
 def _forget_old(path: Path) -> None:
     """Removes entries of a month ago: sizes and models change, and the folder would only grow."""
     limit = time.time() - _DAYS * 86400
-    kinds = ("*-cache", "*.program", "*.unfinished")
+    kinds = ("*-cache", "*.program", "*.json", "*.unfinished")
     for entry in (entry for kind in kinds for entry in path.glob(kind)):
         # Another process may remove it first.
         with contextlib.suppress(OSError):

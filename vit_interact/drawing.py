@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vit_interact.data.naming import slug
 from vit_interact.processes import collect_seldom, deaf_to_interrupts, end_with_parent
@@ -53,7 +53,7 @@ def _start_worker() -> None:
     collect_seldom()
     # Python would take a second to take Matplotlib down again.
     atexit.register(os._exit, 0)
-    import vit_interact.viz.figures  # noqa: F401
+    import vit_interact.viz.ready  # noqa: F401
 
 
 @contextlib.contextmanager
@@ -79,13 +79,8 @@ def renderer(images: int, stems: Sequence[str] = tuple(TITLES)) -> Iterator[Rend
         yield render
         return
     others = set(multiprocessing.active_children())
-    # spawn: forking a process that runs XLA's threads can hang.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker) as pool:
-        with deaf_to_interrupts():
-            for _ in range(workers):
-                pool.submit(os.getpid)  # a worker starts when there is something to do
-        asked: list[Future[None]] = []
+    asked: list[Future[None]] = []
+    with _pool(workers) as pool:
 
         def render_in_pool(dataset: xr.Dataset, out: Path) -> list[Future[None]]:
             # Here, or the parent would import Matplotlib before it has computed anything.
@@ -110,3 +105,24 @@ def renderer(images: int, stems: Sequence[str] = tuple(TITLES)) -> Iterator[Rend
                 # Nobody waits for imports that nobody needs.
                 for worker in set(multiprocessing.active_children()) - others:
                     worker.terminate()
+
+
+def _pool(workers: int) -> concurrent.futures.ProcessPoolExecutor:
+    """Processes that draw; Matplotlib comes in from now on."""
+    if sys.platform == "linux":
+        from multiprocessing import forkserver
+
+        # One process imports it for all and forks them when there is something to draw. This one
+        # runs XLA's threads: forking it can hang.
+        context: Any = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["__main__", "vit_interact.viz.ready"])
+        with deaf_to_interrupts():
+            forkserver.ensure_running()
+        return concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker)
+    # System libraries of macOS do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker)
+    with deaf_to_interrupts():
+        for _ in range(workers):
+            pool.submit(os.getpid)  # a worker starts when there is something to do
+    return pool

@@ -82,6 +82,20 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def end_with_parent_at_once() -> None:
+    """Has Linux end this process with the one that started it, whatever it is doing.
+
+    For `multiprocessing`'s fork server, which only looks after its imports.
+    """
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    set_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
+
+
 def collect_seldom() -> None:
     """Has Python look for garbage less often, for processes that are there for one command.
 

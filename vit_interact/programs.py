@@ -15,6 +15,7 @@ import enum
 import functools
 import hashlib
 import inspect
+import json
 import logging
 import os
 import pickle
@@ -31,7 +32,7 @@ import numpy as np
 
 from vit_interact.compile_cache import machine
 
-SUFFIX = ".program"
+SUFFIX, REMEMBERED = ".program", ".json"
 _log = logging.getLogger(__name__)
 _folder: Path | None = None
 
@@ -39,10 +40,6 @@ _folder: Path | None = None
 @runtime_checkable
 class Lowered(Protocol):
     """What `jax.stages.Lowered` has of use here."""
-
-    @property
-    def out_info(self) -> Any:
-        """Shapes and types of the results."""
 
     def compile(self) -> Any:
         """A function of the arguments that are not static."""
@@ -163,17 +160,36 @@ class Program:
                 apart.append((name, _describe(value) if static else _describe_arrays(value)))
         except _Unknown:
             return None
-        digest = hashlib.sha256(repr(apart).encode()).hexdigest()[:40]
-        return _folder / f"{self._function.__name__}_{digest}{SUFFIX}"
+        return _folder / f"{self._function.__name__}_{_digest(apart)}{SUFFIX}"
+
+
+def remembered(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a pure function of this package gives, as JSON keeps it: lists in place of tuples.
+
+    Traced shapes, for one, are known on disk as programs are, where these are kept.
+
+    Args:
+      function: of this package; gives what JSON can hold.
+      *arguments: static ones, in the sense of `jax.jit`.
+    """
+    try:
+        apart = [_name(function), _surroundings(), list(map(_describe, arguments))]
+    except _Unknown:
+        apart = []
+    if _folder is None or not _ours(function) or not apart:
+        return json.loads(json.dumps(function(*arguments)))
+    path = _folder / f"{function.__name__}_{_digest(apart)}{REMEMBERED}"
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        text = json.dumps(function(*arguments))
+    atexit.register(_write, path, text.encode)
+    return json.loads(text)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Ready:
     compiled: Any
-
-    @property
-    def out_info(self) -> Any:
-        return self.compiled.out_info
 
     def compile(self) -> Any:
         return self.compiled
@@ -184,10 +200,6 @@ class _ToKeep:
     lowered: Any
     path: Path
     ready: dict[Path, Any]
-
-    @property
-    def out_info(self) -> Any:
-        return self.lowered.out_info
 
     def compile(self) -> Any:
         _jax.had_it = False
@@ -203,10 +215,6 @@ class _FromDisk:
     def __init__(self, compiled: Any, path: Path, lower: Callable[[], jax.stages.Lowered]) -> None:
         self._compiled, self._path, self._lower = compiled, path, lower
         self._has_run = False
-
-    @property
-    def out_info(self) -> Any:
-        return self._compiled.out_info
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         found = self._compiled(*arguments, **named)
@@ -242,13 +250,13 @@ def _keep(path: Path, compiled: Any) -> None:
     except Exception as error:  # jax promises nothing
         _log.info("%s was not kept: %s", path, error)
         return
-    atexit.register(_write, path, parts)
+    atexit.register(_write, path, lambda: zlib.compress(pickle.dumps(parts), 1))
 
 
-def _write(path: Path, parts: Any) -> None:
+def _write(path: Path, content: Callable[[], bytes]) -> None:
     unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
     try:
-        unfinished.write_bytes(zlib.compress(pickle.dumps(parts), 1))
+        unfinished.write_bytes(content())
         os.replace(unfinished, path)
     except Exception as error:  # a full disk, or trees that cannot be pickled
         _log.info("%s was not kept: %s", path, error)
@@ -310,6 +318,10 @@ def _describe(value: Any) -> Any:
             if field.name != "parent"  # of Flax's modules, which stand alone here
         ])  # fmt: skip
     raise _Unknown(value)
+
+
+def _digest(apart: Any) -> str:
+    return hashlib.sha256(repr(apart).encode()).hexdigest()[:40]
 
 
 def _ours(value: Any) -> bool:

@@ -63,11 +63,13 @@ def test_products_are_chosen_by_tokens_and_type(many_rows, monkeypatch):
     monkeypatch.setattr(cpu, "on_cpu", lambda: True)
     monkeypatch.setattr(cpu, "_known_here", lambda: True)
     assert compiler_options(model, 3) and not compiler_options(model, 2)
+    assert compiler_options(model, 3, seldom=True) == compiler_options(model, 3)
+    assert compiler_options(model, 2, seldom=True) not in ({}, compiler_options(model, 3))
     half = dataclasses.replace(model.config, dtype="bfloat16")
     assert not compiler_options(model.clone(config=half), 3)
     assert not compiler_options(model.apply, 3)
     long = vi.create_model("vit_ti16", image_size=384)  # 577 tokens
-    assert not compiler_options(long, 3)
+    assert not compiler_options(long, 3) and not compiler_options(long, 1, seldom=True)
     monkeypatch.setattr(cpu, "on_cpu", lambda: False)
     assert not compiler_options(model, 3)
 
@@ -90,7 +92,7 @@ def test_measure_is_the_same_with_other_products(many_rows, monkeypatch):
         jax.tree.map(close, found, own)
     spread = lambda images: maps(images)["attention"].var()  # noqa: E731
     by_own = jax.grad(spread)(images)
-    monkeypatch.setattr(cpu, "compiler_options", lambda *_: {})
+    monkeypatch.setattr(cpu, "compiler_options", lambda *_, **__: {})
     jax.tree.map(close, maps(images), own)
     close(by_own, jax.grad(spread)(images))
 

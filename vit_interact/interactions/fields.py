@@ -90,7 +90,8 @@ def fields_of_rows(
     mean_row, mean_col = (of_row * row).sum(axis=-1), (of_col * col).sum(axis=-1)
     row, col = row - mean_row[..., None], col - mean_col[..., None]
     var_row, var_col = (of_row * row**2).sum(axis=-1), (of_col * col**2).sum(axis=-1)
-    covariance = (((grid * row[..., None]).sum(axis=-2)) * col).sum(axis=-1)
+    # Both axes at once: as two sums, XLA's CPU compiler makes it one loop that is slow.
+    covariance = (grid * (row[..., None] * col[..., None, :])).sum(axis=(-2, -1))
 
     angle = _major_angle(var_row, var_col, covariance)
     # An eigenvalue does not change to first order with its direction, so the gradient with the
@@ -103,8 +104,10 @@ def fields_of_rows(
     thin = minor / jnp.where(major > _POINT, major, 1.0)
     eccentricity = jnp.where(major > _POINT, _root(1 - thin), 0.0)
 
-    log_weights = jnp.log(jnp.where(weights > 0, weights, 1.0))
-    entropy = -(weights * log_weights).sum(axis=-1) / max(math.log(layout.num_patches), 1e-6)
+    some = weights > 0
+    # The choice around the product keeps YNNPACK from the logarithms (docs/benchmarks.md).
+    terms = jnp.where(some, weights * jnp.log(jnp.where(some, weights, 1.0)), 0.0)
+    entropy = -terms.sum(axis=-1) / max(math.log(layout.num_patches), 1e-6)
     fields = ResponsiveField(
         tendency=jnp.stack([mean_row, mean_col], axis=-1),
         spread=_root(mean_row**2 + mean_col**2 + var_row + var_col),

@@ -270,7 +270,11 @@ def rollout(weights: Float[Array, "L *batch H N N"]) -> Float[Array, "L *batch N
     Returns:
       `[L, ..., N, N]`: the rollout through each layer; the last is the rollout of the model.
     """
-    return roll(attention(weights))
+    if not is_single(weights.shape[1:-3]):
+        return roll(attention(weights))
+    flat = jnp.asarray(weights).reshape(weights.shape[0], *weights.shape[-3:])
+    found = roll(attention(flat))
+    return found.reshape(*weights.shape[:-3], *found.shape[-2:])
 
 
 def roll(indicator: Float[Array, "L *batch N N"]) -> Float[Array, "L *batch N N"]:

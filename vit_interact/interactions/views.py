@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -47,7 +49,9 @@ def combine_layers(
     scale = jnp.mean(patch_view(indicator, layout, rows=False), axis=(-2, -1), keepdims=True)
     counted = scale > 0
     scaled = jnp.where(counted, indicator / jnp.where(counted, scale, 1), 0)
-    return jnp.sum(scaled, axis=0) / jnp.maximum(jnp.sum(counted, axis=0), 1)
+    # One by one: over a leading axis XLA's CPU compiler lets YNNPACK jump from layer to layer.
+    total = functools.reduce(jnp.add, scaled)
+    return total / jnp.maximum(jnp.sum(counted, axis=0), 1)
 
 
 def normalise_rows(matrix: Float[Array, "*batch N M"]) -> Float[Array, "*batch N M"]:

@@ -16,6 +16,7 @@ from vit_interact.models.conventions import Facts
 from vit_interact.models.formats import GOOGLE, Arrays, Format
 from vit_interact.models.posembed import sincos_position_embedding
 from vit_interact.models.sources import WeightsError
+from vit_interact.programs import remembered
 
 # Models whose heads are not 64 wide: ViT-H, SO400M, ViT-g, ViT-G, all with 16 heads.
 _SIXTEEN_HEADS = (1152, 1280, 1408, 1664)
@@ -233,6 +234,10 @@ def _grid(
 
 def expected_shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
     """Flat paths of the unstacked parameters of a model to their shapes."""
+    return {path: tuple(shape) for path, shape in remembered(_traced_shapes, config).items()}
+
+
+def _traced_shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
     from vit_interact.models.vit import ViT
 
     # Blocks without windows are alike, so one is traced for all.

@@ -12,8 +12,11 @@ from jaxtyping import Array, Float
 
 from vit_interact.programs import Program
 
+_YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
 # Of YNNPACK, which XLA asks for products, too, this leaves sums and what they are made of.
-_OWN_PRODUCTS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+_OWN_PRODUCTS = {_YNNPACK: "LIBRARY_FUSION_TYPE_REDUCE"}
+# And this leaves convolutions, which our models have none of.
+_ALL_OWN = {_YNNPACK: "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"}
 # Tokens of all images from which on these are faster, and tokens of one where they no longer are:
 # there attention takes over, one head at a time (docs/benchmarks.md).
 _MANY_ROWS, _MANY_TOKENS = 768, 512
@@ -45,7 +48,7 @@ def _computed_once_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[A
     return x, tangent / one.astype(tangent.dtype)
 
 
-def compiler_options(model: Any, images: int) -> dict[str, str]:
+def compiler_options(model: Any, images: int, seldom: bool = False) -> dict[str, str]:
     """`compiler_options` of `jax.jit` for a program that is mostly forward passes; {} for none.
 
     XLA's CPU compiler leaves products to YNNPACK, whose time per row stays the same; that of its
@@ -55,38 +58,45 @@ def compiler_options(model: Any, images: int) -> dict[str, str]:
     Args:
       model: our `ViT`, of float32; {} for others.
       images: in a batch.
+      seldom: the program runs a few times only, so that its first run counts: there YNNPACK plans
+        each of its operations, as long as three images take at 224 pixels.
     """
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "layout") or jnp.dtype(config.dtype) != jnp.float32 or not on_cpu():
         return {}
     tokens = config.layout.num_tokens
-    many = tokens < _MANY_TOKENS and images * tokens >= _MANY_ROWS
-    return dict(_OWN_PRODUCTS) if many and _known_here() else {}
+    if tokens >= _MANY_TOKENS or not _known_here():
+        return {}
+    if images * tokens >= _MANY_ROWS:
+        return dict(_OWN_PRODUCTS)
+    return dict(_ALL_OWN) if seldom else {}
 
 
 @functools.cache
 def _known_here() -> bool:
-    """Whether this jaxlib takes the option; it is no promise of XLA's, and its default changes."""
+    """Whether this jaxlib takes the options; they are no promise of XLA's, its default changes."""
     if tuple(map(int, jax.__version__.split(".")[:2])) < (0, 10):
         return False  # not measured
     try:
-        jax.jit(lambda: 0, compiler_options=_OWN_PRODUCTS).lower().compile()
+        both = {_YNNPACK: ",".join([_OWN_PRODUCTS[_YNNPACK], _ALL_OWN[_YNNPACK]])}
+        jax.jit(lambda: 0, compiler_options=both).lower().compile()
     except jax.errors.JaxRuntimeError:
         return False
     return True
 
 
 def jit(
-    batch: Callable[..., tuple[Any, int]], **options: Any
+    batch: Callable[..., tuple[Any, int]], seldom: bool = False, **options: Any
 ) -> Callable[[Callable[..., Any]], Program]:
     """Decorates a function as a `Program` with the `compiler_options` of a batch.
 
     Args:
       batch: model and number of images, from the function's arguments.
+      seldom: as for `compiler_options`.
       **options: of `jax.jit`.
     """
 
     def told(*arguments: Any, **named: Any) -> dict[str, str]:
-        return compiler_options(*batch(*arguments, **named))
+        return compiler_options(*batch(*arguments, **named), seldom=seldom)
 
     return lambda function: Program(function, told, **options)

@@ -103,10 +103,11 @@ def analyze(
         indicators.check_name(name)
     chosen = choose_layers(model, params, images, layers)
     function, classes = make_score(score, images.shape[0])
-    program = _analyze.lower(model, params, images, classes, names, chosen, function, layout)
+    rows = ((len(chosen) + 1) * len(images), layout.num_patches, layout.num_patches)
     with concurrent.futures.ThreadPoolExecutor(1) as meanwhile:
-        # The compiler leaves the interpreter to others.
-        ready = meanwhile.submit(_prepare, program.out_info["rows"], layout, float(coverage))
+        # XLA leaves the interpreter to others while it reads, compiles and runs a program.
+        ready = meanwhile.submit(_prepare, rows, layout, float(coverage))
+        program = _analyze.lower(model, params, images, classes, names, chosen, function, layout)
         found = program.compile()(params, images, classes)
         ready.result()
     boxes, area = windows_of(found["rows"], layout, float(coverage))
@@ -161,10 +162,11 @@ def analyze(
     )
 
 
-def _prepare(rows: Any, layout: TokenLayout, coverage: float) -> None:
-    """What comes behind the large program, where that must be compiled first."""
-    windows_of.lower(rows, layout, coverage).compile()
+def _prepare(rows: tuple[int, int, int], layout: TokenLayout, coverage: float) -> None:
+    """What comes behind the large program."""
     import xarray  # noqa: F401
+
+    windows_of.lower(jax.ShapeDtypeStruct(rows, jnp.float32), layout, coverage).compile()
 
 
 def _combined_unit(name: str) -> str:
@@ -184,6 +186,7 @@ windows_of = Program(_windows_of, static_argnames=("layout", "coverage"))
 
 @jit(
     batch=lambda model, params, images, *_: (model, images.shape[0]),
+    seldom=True,
     static_argnames=("model", "names", "layers", "score", "layout"),
 )
 def _analyze(
