@@ -5,18 +5,19 @@ from __future__ import annotations
 import atexit
 import concurrent.futures
 import contextlib
+import dataclasses
 import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from vit_interact.data.naming import slug
 from vit_interact.processes import collect_seldom, deaf_to_interrupts, end_with_parent
 from vit_interact.viz.image_data import PlainImage
-from vit_interact.viz.stems import TITLES
+from vit_interact.viz.stems import IMAGES_A_SHEET, TITLES, sheets
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -26,9 +27,6 @@ _POOL_FROM = 12
 # Each takes up to 200 MB, and so many draw faster than most accelerators measure.
 _MOST_WORKERS = 16
 
-Render: TypeAlias = "Callable[[xr.Dataset, Path], list[Future[None]]]"
-"""Draws a batch's figures into an output folder; gives what is not drawn yet."""
-
 
 def _render_one(one: PlainImage, folder: Path, stems: Sequence[str]) -> None:
     from vit_interact.viz.figures import render_image
@@ -36,16 +34,62 @@ def _render_one(one: PlainImage, folder: Path, stems: Sequence[str]) -> None:
     render_image(one, folder, stems)
 
 
+def _render_sheet(images: Sequence[PlainImage], path: Path, start: int, count: int) -> None:
+    from vit_interact.viz.contact import contact_sheet
+
+    contact_sheet(images, path, start, count)
+
+
 def folder_of(name: str, out: Path) -> Path:
     """Where the figures of an image go."""
     return out / "images" / slug(name)
 
 
-def _plain(dataset: xr.Dataset, out: Path) -> Iterator[tuple[PlainImage, Path]]:
-    """Every image with its folder."""
-    for index in range(dataset.sizes["image"]):
-        one = PlainImage.of(dataset.isel(image=index))
-        yield one, folder_of(str(one["image"].item()), out)
+@dataclasses.dataclass(frozen=True)
+class Render:
+    """Has something drawn; what is not drawn yet is a future.
+
+    Attributes:
+      stems: which figures of each image.
+      submit: takes a function and its arguments.
+      workers: how many draw.
+    """
+
+    stems: Sequence[str]
+    submit: Callable[..., Future[None]]
+    workers: int = 1
+
+    def images(self, dataset: xr.Dataset, out: Path) -> list[Future[None]]:
+        """Figures of a batch, into an output folder."""
+        count = dataset.sizes["image"]
+        parts = min(max(1, self.workers // count), len(self.stems))
+        return [
+            self.submit(_render_one, one, folder_of(str(one["image"].item()), out), stems)
+            for one in _plain(dataset, range(count) if parts else range(0))
+            for stems in (self.stems[part::parts] for part in range(parts))
+        ]
+
+    def sheets(self, dataset: xr.Dataset, first: Path) -> list[Future[None]]:
+        """Contact sheets of everything in the folder."""
+        # Sheets show no rows of single patches, by far the most of the data.
+        large = [name for name, variable in dataset.variables.items() if "key" in variable.dims]
+        small, count = dataset.drop_vars(large), dataset.sizes["image"]
+        return [
+            self.submit(_render_sheet, list(_plain(small, shown)), path, shown.start, count)
+            for path, shown in sheets(first, count)
+        ]
+
+
+def _plain(dataset: xr.Dataset, numbers: range) -> Iterator[PlainImage]:
+    # Here, or workers would import xarray, and this process Matplotlib before it has computed.
+    return (PlainImage.of(dataset.isel(image=number)) for number in numbers)
+
+
+def _at_once(function: Callable[..., None], *arguments: Any) -> Future[None]:
+    function(*arguments)
+    drawn: Future[None] = Future()
+    drawn.set_result(None)
+    return drawn
 
 
 def _start_worker() -> None:
@@ -67,34 +111,22 @@ def renderer(images: int, stems: Sequence[str] = tuple(TITLES)) -> Iterator[Rend
       images: at most, over all batches.
       stems: which figures, keys of `stems.TITLES`.
     """
-    workers = min(_MOST_WORKERS, os.cpu_count() or 1, images * len(stems))
-    ready = "matplotlib.figure" in sys.modules or workers == 1
-    if not workers or (images < _POOL_FROM and ready):
-
-        def render(dataset: xr.Dataset, out: Path) -> list[Future[None]]:
-            for one, folder in _plain(dataset, out) if stems else ():
-                _render_one(one, folder, stems)
-            return []
-
-        yield render
+    drawings = max(images * len(stems), -(-images // IMAGES_A_SHEET))
+    workers = min(_MOST_WORKERS, os.cpu_count() or 1, drawings)
+    ready = "matplotlib.figure" in sys.modules or workers <= 1
+    if images < _POOL_FROM and ready:
+        yield Render(stems, _at_once)
         return
     others = set(multiprocessing.active_children())
     asked: list[Future[None]] = []
     with _pool(workers) as pool:
 
-        def render_in_pool(dataset: xr.Dataset, out: Path) -> list[Future[None]]:
-            # Here, or the parent would import Matplotlib before it has computed anything.
-            parts = min(max(1, workers // dataset.sizes["image"]), len(stems))
-            drawn = [
-                pool.submit(_render_one, one, folder, stems[part::parts])
-                for one, folder in _plain(dataset, out)
-                for part in range(parts)
-            ]
-            asked.extend(drawn)
-            return drawn
+        def submit(function: Callable[..., None], *arguments: Any) -> Future[None]:
+            asked.append(pool.submit(function, *arguments))
+            return asked[-1]
 
         try:
-            yield render_in_pool
+            yield Render(stems, submit, workers)
         except BaseException:
             # It will not count, so what waits need not begin.
             for figures in asked:

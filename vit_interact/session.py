@@ -131,7 +131,7 @@ def analyze_folder(
     with contextlib.nullcontext(render) if render else renderer(len(files), figures) as draw:
         for start in range(0, len(late), batch_size):
             dataset = folder.read(late[start : start + batch_size])
-            _wait(draw(dataset, out))
+            _wait(draw.images(dataset, out))
             advance(dataset.sizes["image"])
         # A few images don't pay for the padding of a large batch.
         batch_size = min(batch_size, max(1, len(todo)))
@@ -145,11 +145,12 @@ def analyze_folder(
                     dataset = analyze_pictures(
                         checkpoint, pictures, names, batch_size, **options.for_analyze()
                     )
-                    drawn = draw(dataset, out)
+                    drawn = draw.images(dataset, out)
                     folder.append(dataset)
                     behind.add(good, drawn)
                     done += len(good)
-    return Outcome(folder.finish(failures, fresh=done > 0), done, len(again), failures)
+        whole = folder.finish(draw, failures, fresh=done > 0)
+    return Outcome(whole, done, len(again), failures)
 
 
 class _Behind:
@@ -357,22 +358,25 @@ class _Folder:
         unfinished.write_text(json.dumps(record, indent=1), "utf-8")
         os.replace(unfinished, self.progress)
 
-    def finish(self, failures: list[tuple[str, str]], fresh: bool) -> xr.Dataset | None:
+    def finish(
+        self, draw: Render, failures: list[tuple[str, str]], fresh: bool
+    ) -> xr.Dataset | None:
         """Draws the sheets and the pages over everything in the folder."""
         import xarray as xr
         import zarr
 
         from vit_interact.viz.pack import Pack, fitting
         from vit_interact.viz.page import report_page
-        from vit_interact.viz.report import contact_sheet, index_page
+        from vit_interact.viz.report import index_page
 
         if not self.done:
             return None
         zarr.consolidate_metadata(self.store, zarr_format=2)
         dataset = xr.open_zarr(self.store)
-        contact_sheet(dataset, self.path / "contact_sheet.png")
+        drawn = draw.sheets(dataset, self.path / "contact_sheet.png")
         if fresh or not self.report.exists():
             report_page(Pack(dataset.isel(image=slice(0, fitting(dataset)))), self.report)
+        _wait(drawn)
         index_page(dataset, self.path, failures, self.path / "index.html")
         return dataset
 

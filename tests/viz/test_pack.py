@@ -61,7 +61,7 @@ def test_rounding_is_small_for_entries_and_for_sums(bits):
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-def test_blobs_hold_what_was_measured(bits, square):
+def test_blobs_hold_what_was_measured(bits, square, monkeypatch):
     data = with_others(square, "edge", "attention")
     pack = Pack(data, bits)
     keys = list(pack.keys())
@@ -86,6 +86,9 @@ def test_blobs_hold_what_was_measured(bits, square):
         close = 0.012 if bits == 8 else 5e-5
         found = unpacked(pack.blob(key), 64, bits)
         assert (np.abs(found - wanted).max(-1) <= close * wanted.max(-1)).all(), key
+    for several in (1, 3, 1000):
+        monkeypatch.setattr("vit_interact.viz.pack._TOGETHER", several * 64**2)
+        assert list(pack.blobs()) == [(key, pack.blob(key)) for key in keys]
     for wrong in ("7/edge/0", "0/nope/0", "0/edge/17", "0/edge/all/1", "x"):
         with pytest.raises(KeyError):
             pack.blob(wrong)

@@ -22,7 +22,7 @@ from vit_interact.interactions.statistics import Statistics
 from vit_interact.layout import TokenLayout
 from vit_interact.survey.quantities import Design
 from vit_interact.survey.store import to_dataset
-from vit_interact.viz import figures, png, report, style, survey, training, verification
+from vit_interact.viz import contact, figures, png, style, survey, training, verification
 from vit_interact.viz.predicted import draw_predicted_windows
 from vit_interact.viz.scene import Scene
 from vit_interact.viz.sheet import fitted
@@ -90,7 +90,9 @@ ONE = make_dataset(6, 9, names=("wide.jpg",), zero_rows=(0, 31))
 EVERY: dict[str, Callable[[], Figure]] = {
     **{stem: lambda draw=draw: draw(ONE.isel(image=0)) for stem, draw in figures.FIGURES.items()},
     "window areas": lambda: training.draw_window_areas(areas()),
-    "sheet": lambda: report.draw_contact_sheet(ONE),
+    "sheet": lambda: contact.draw_contact_sheet(
+        [ONE.isel(image=k) for k in range(ONE.sizes["image"])]
+    ),
     "kernel": lambda: survey.draw_kernel(surveyed(), "edge"),
     "fields": lambda: survey.draw_fields(surveyed()),
     "distance": lambda: survey.draw_distance(surveyed()),

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, cast
 
 import matplotlib as mpl
@@ -31,6 +33,10 @@ from vit_interact.viz.wheel import cyclic_lab, oklab_to_srgb
 _COMPARED = 24
 _COMPARED_LARGE = 3
 _LARGE = 400  # patches from which windows take long
+
+# Entries of maps that are quantised together: columns follow one another, so that small maps one by
+# one would wait for Python.
+_TOGETHER = 2**20
 
 #: Pages grow no larger unless images are chosen by name.
 PAGE_BYTES = 80e6
@@ -190,10 +196,29 @@ class Pack:
             whole = self._array(scene, "combined_received_impact", name)[None]
             impact = np.concatenate([whole, self._array(scene, "received_impact", name)])
             return _deflated(impact.astype("<f4").tobytes())
-        found, scale = quantise(self.map(int(image), name, layer), self.bits)
-        low = (found & 255).astype(np.uint8).tobytes()
-        high = (found >> 8).astype(np.uint8).tobytes() if self.bits == 16 else b""
-        return _deflated(scale.astype("<f4").tobytes() + high + low)
+        return _packed(*quantise(self.map(int(image), name, layer), self.bits))
+
+    def blobs(self) -> Iterator[tuple[str, bytes]]:
+        """All of `keys` with their blobs; of an image several small maps are made at a time."""
+        several = max(1, _TOGETHER // (self.scenes[0].rows * self.scenes[0].cols) ** 2)
+        before: list[tuple[str, Future[bytes]]] = []
+        # Some are compressed, which needs no interpreter, while the next are read.
+        with ThreadPoolExecutor(1) as meanwhile:
+            for (image, name), keys in itertools.groupby(self.keys(), _image_and_indicator):
+                small: list[str] = []
+                maps: list[str] = []
+                for key in keys:
+                    last = key.rpartition("/")[2]
+                    (small if last in ("impact", "predicted") else maps).append(key)
+                now = [(key, meanwhile.submit(self.blob, key)) for key in small]
+                for start in range(0, len(maps), several):
+                    some = maps[start : start + several]
+                    rows = np.stack([self.map(image, name, key.rpartition("/")[2]) for key in some])
+                    quantised = zip(some, *quantise(rows, self.bits), strict=True)
+                    now += [(key, meanwhile.submit(_packed, *one)) for key, *one in quantised]
+                yield from ((key, blob.result()) for key, blob in before)
+                before = now
+            yield from ((key, blob.result()) for key, blob in before)
 
     def map(self, image: int, name: str, layer: str | int) -> Float[np.ndarray, "P P"]:
         """A map as it was measured; `layer` is a number, or "all" for all layers together.
@@ -310,6 +335,18 @@ def _color_tables() -> dict[str, str]:
 
 def _numbers(values: xr.DataArray) -> list[int]:
     return [int(value) for value in np.atleast_1d(values.values)]
+
+
+def _image_and_indicator(key: str) -> tuple[int, str]:
+    image, name, *_ = key.split("/")
+    return int(image), name
+
+
+def _packed(found: UInt[np.ndarray, "P P"], scale: Float[np.ndarray, " P"]) -> bytes:
+    """A quantised map as a blob."""
+    low = (found & 255).astype(np.uint8).tobytes()
+    high = (found >> 8).astype(np.uint8).tobytes() if found.dtype == np.uint16 else b""
+    return _deflated(scale.astype("<f4").tobytes() + high + low)
 
 
 def _deflated(data: bytes) -> bytes:

@@ -62,7 +62,7 @@ def report_page(
     results: dict[str, Any] | None = None,
     advance: Callable[[float], None] = lambda images: None,
 ) -> Path:
-    """Writes the report; the maps go to disk one by one, so memory holds one of them.
+    """Writes the report; the maps go to disk one by one, so memory holds few of them.
 
     Args:
       pack: what to show.
@@ -89,10 +89,9 @@ def report_page(
 
 
 def _blobs(pack: Pack, advance: Callable[[float], None]) -> Iterator[tuple[str, str]]:
-    keys = list(pack.keys())
-    share = len(pack.scenes) / len(keys)
-    for key in keys:
-        yield key, base64.b64encode(pack.blob(key)).decode()
+    share = len(pack.scenes) / len(list(pack.keys()))
+    for key, blob in pack.blobs():
+        yield key, base64.b64encode(blob).decode()
         advance(share)
 
 

@@ -16,7 +16,6 @@ from typing import Any, ParamSpec, TypeVar
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib import font_manager
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -147,6 +146,9 @@ def percent(share: float | np.floating, digits: int = 0) -> str:
 @functools.cache
 def _glyphs() -> frozenset[int]:
     """Code points that the drawing font has."""
+    # Only here: pages take colours alone.
+    from matplotlib import font_manager
+
     path = font_manager.findfont(RC["font.family"][0])
     return frozenset(font_manager.get_font(path).get_charmap())
 

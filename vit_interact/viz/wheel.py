@@ -9,10 +9,13 @@ turns look equal.
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
-from matplotlib.axes import Axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _LIGHTNESS = 0.72  # mean lightness of the curve in OKLab, 0 to 1
 _TILT = 0.10  # how much lighter green is, and how much darker red
