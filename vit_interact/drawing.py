@@ -61,28 +61,34 @@ class Render:
 
     def images(self, dataset: xr.Dataset, out: Path) -> list[Future[None]]:
         """Figures of a batch, into an output folder."""
-        count = dataset.sizes["image"]
-        parts = min(max(1, self.workers // count), len(self.stems))
+        if not self.stems:
+            return []
+        parts = min(max(1, self.workers // dataset.sizes["image"]), len(self.stems))
         return [
             self.submit(_render_one, one, folder_of(str(one["image"].item()), out), stems)
-            for one in _plain(dataset, range(count) if parts else range(0))
+            for one in _plain(dataset)
             for stems in (self.stems[part::parts] for part in range(parts))
         ]
 
     def sheets(self, dataset: xr.Dataset, first: Path) -> list[Future[None]]:
         """Contact sheets of everything in the folder."""
-        # Sheets show no rows of single patches, by far the most of the data.
-        large = [name for name, variable in dataset.variables.items() if "key" in variable.dims]
+        # Sheets show no layers by themselves, and no rows of patches: by far the most of the data.
+        large = [name for name, variable in dataset.data_vars.items()
+                 if {"layer", "key"} & set(variable.dims)]  # fmt: skip
         small, count = dataset.drop_vars(large), dataset.sizes["image"]
         return [
-            self.submit(_render_sheet, list(_plain(small, shown)), path, shown.start, count)
+            self.submit(
+                _render_sheet,
+                list(_plain(small.isel(image=slice(shown.start, shown.stop)).load())),
+                path, shown.start, count,
+            )
             for path, shown in sheets(first, count)
-        ]
+        ]  # fmt: skip
 
 
-def _plain(dataset: xr.Dataset, numbers: range) -> Iterator[PlainImage]:
+def _plain(dataset: xr.Dataset) -> Iterator[PlainImage]:
     # Here, or workers would import xarray, and this process Matplotlib before it has computed.
-    return (PlainImage.of(dataset.isel(image=number)) for number in numbers)
+    return (PlainImage.of(dataset.isel(image=k)) for k in range(dataset.sizes["image"]))
 
 
 def _at_once(function: Callable[..., None], *arguments: Any) -> Future[None]:
