@@ -170,21 +170,28 @@ def remembered(function: Callable[..., Any], *arguments: Any) -> Any:
 
     Args:
       function: of this package; gives what JSON can hold.
-      *arguments: static ones, in the sense of `jax.jit`.
+      *arguments: numbers, text, and this package's dataclasses of such.
     """
-    try:
-        apart = [_name(function), _surroundings(), list(map(_describe, arguments))]
-    except _Unknown:
-        apart = []
-    if _folder is None or not _ours(function) or not apart:
+    path = _remembered_at(function, arguments)
+    if path is None:
         return json.loads(json.dumps(function(*arguments)))
-    path = _folder / f"{function.__name__}_{_digest(apart)}{REMEMBERED}"
     try:
         return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         text = json.dumps(function(*arguments))
     atexit.register(_write, path, text.encode)
     return json.loads(text)
+
+
+def _remembered_at(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Path | None:
+    if _folder is None or not _ours(function):
+        return None
+    try:
+        described = list(map(_describe, arguments))
+    except _Unknown:
+        return None
+    digest = _digest([_name(function), _surroundings(), described])
+    return _folder / f"{function.__name__}_{digest}{REMEMBERED}"
 
 
 @dataclasses.dataclass(frozen=True)
