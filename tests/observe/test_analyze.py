@@ -6,6 +6,7 @@ import pytest
 
 import vit_interact as vi
 from tests.models.helpers import applied, tiny
+from tests.models.layers import close
 from vit_interact import interactions as vx
 from vit_interact.interactions.boxes import clipped_boxes
 from vit_interact.models.config import WindowConfig
@@ -14,7 +15,7 @@ from vit_interact.models.winft import predicted_distances, to_winft, without_win
 
 @pytest.mark.parametrize(
     "indicator",
-    [pytest.param("edge", marks=pytest.mark.slow), "rollout"],  # smallest entries to 1e-5
+    [pytest.param("edge", marks=pytest.mark.slow), "rollout"],
 )
 def test_everything_agrees_with_the_functions(indicator):
     model, params, images = tiny(distilled=True, pos_prefix=2)
@@ -23,10 +24,11 @@ def test_everything_agrees_with_the_functions(indicator):
     maps = vi.measure(model, params, images, (indicator,), layers=(0, 2))[indicator]
     assert list(dataset["layer"].values) == [0, 2]
     view = vx.patch_view(maps, layout, rows=False)
-    np.testing.assert_allclose(dataset["interaction"], np.moveaxis(view, 0, 1), rtol=1e-5)
+    # On a CPU another library multiplies: small entries of `edge` are what is left of large ones.
+    close(dataset["interaction"], np.moveaxis(view, 0, 1))
     combined = maps[-1] if indicator == "rollout" else vx.combine_layers(maps, layout)
     rows = vx.patch_view(combined, layout)
-    np.testing.assert_allclose(dataset["combined_interaction"], rows, rtol=1e-4, atol=1e-7)
+    close(dataset["combined_interaction"], rows, 1e-4)
     windows = vx.smallest_windows(rows, layout, 0.7)
     np.testing.assert_array_equal(dataset["combined_window"], windows)
     impact = vx.received_impact(combined, layout)
