@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vit_interact.data.naming import slug
 from vit_interact.processes import collect_seldom, deaf_to_interrupts, end_with_parent
 from vit_interact.viz.image_data import PlainImage
-from vit_interact.viz.stems import IMAGES_A_SHEET, TITLES, sheets
+from vit_interact.viz.stems import TITLES, sheets
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -117,9 +117,9 @@ def renderer(images: int, stems: Sequence[str] = tuple(TITLES)) -> Iterator[Rend
       images: at most, over all batches.
       stems: which figures, keys of `stems.TITLES`.
     """
-    drawings = max(images * len(stems), -(-images // IMAGES_A_SHEET))
-    workers = min(_MOST_WORKERS, os.cpu_count() or 1, drawings)
-    ready = "matplotlib.figure" in sys.modules or workers <= 1
+    # Without figures there are sheets.
+    workers = min(_MOST_WORKERS, os.cpu_count() or 1, images * len(stems) or 1)
+    ready = "matplotlib.figure" in sys.modules or workers == 1
     if images < _POOL_FROM and ready:
         yield Render(stems, _at_once)
         return

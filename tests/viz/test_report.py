@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
+import pytest
 import xarray as xr
 from made_up import make_dataset
 from PIL import Image
@@ -146,7 +147,7 @@ def test_contact_sheet_shows_every_image(square: xr.Dataset, tmp_path: Path) -> 
     told = [text.get_text() for text in axes.texts]
     assert "cat.jpg" in told
     assert told.count("dalmatian (91.0 %)") == 2
-    path = contact.contact_sheet(images, tmp_path / "contact_sheet.png")
+    path = contact.contact_sheet(images, tmp_path / "sheets" / "contact_sheet.png")
     with Image.open(path) as picture:
         assert picture.size[0] < 1600
 
@@ -166,3 +167,5 @@ def test_many_images_go_on_further_sheets(tmp_path: Path) -> None:
 def test_sheets_stand_gaps(tmp_path: Path) -> None:
     ds = make_dataset(2, 5, (), names=("a",), zero_rows=tuple(range(10)), picture=False)
     contact.contact_sheet([ds.isel(image=0)], tmp_path / "sheet.png")
+    with pytest.raises(ValueError, match="holds no images"):
+        contact.contact_sheet([], tmp_path / "sheet.png")

@@ -42,7 +42,13 @@ def contact_sheet(
 
     Returns:
       The path.
+
+    Raises:
+      ValueError: if there are no images.
     """
+    if not images:
+        raise ValueError("the dataset holds no images, so there is nothing for a contact sheet")
+    path.parent.mkdir(parents=True, exist_ok=True)
     return save(draw_contact_sheet(images, start, count), path, LEVELS[:2])
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import io
-import itertools
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -201,21 +200,23 @@ class Pack:
     def blobs(self) -> Iterator[tuple[str, bytes]]:
         """All of `keys` with their blobs; of an image several small maps are made at a time."""
         several = max(1, _TOGETHER // (self.scenes[0].rows * self.scenes[0].cols) ** 2)
+        layers: list[str | int] = ["all", *self.scenes[0].layers]
         before: list[tuple[str, Future[bytes]]] = []
-        # Some are compressed, which needs no interpreter, while the next are read.
+        # Those of an image are compressed, which needs no interpreter, while the next is read.
         with ThreadPoolExecutor(1) as meanwhile:
-            for (image, name), keys in itertools.groupby(self.keys(), _image_and_indicator):
-                small: list[str] = []
-                maps: list[str] = []
-                for key in keys:
-                    last = key.rpartition("/")[2]
-                    (small if last in ("impact", "predicted") else maps).append(key)
-                now = [(key, meanwhile.submit(self.blob, key)) for key in small]
-                for start in range(0, len(maps), several):
-                    some = maps[start : start + several]
-                    rows = np.stack([self.map(image, name, key.rpartition("/")[2]) for key in some])
-                    quantised = zip(some, *quantise(rows, self.bits), strict=True)
-                    now += [(key, meanwhile.submit(_packed, *one)) for key, *one in quantised]
+            for k in range(len(self.scenes)):
+                now = []
+                for name in self.indicators:
+                    key = f"{k}/{name}/impact"
+                    now.append((key, meanwhile.submit(self.blob, key)))
+                    for start in range(0, len(layers), several):
+                        some = layers[start : start + several]
+                        rows = np.stack([self.map(k, name, layer) for layer in some])
+                        for layer, *one in zip(some, *quantise(rows, self.bits), strict=True):
+                            now.append((f"{k}/{name}/{layer}", meanwhile.submit(_packed, *one)))
+                if "predicted_window" in self.data:
+                    key = f"{k}/predicted"
+                    now.append((key, meanwhile.submit(self.blob, key)))
                 yield from ((key, blob.result()) for key, blob in before)
                 before = now
             yield from ((key, blob.result()) for key, blob in before)
@@ -335,11 +336,6 @@ def _color_tables() -> dict[str, str]:
 
 def _numbers(values: xr.DataArray) -> list[int]:
     return [int(value) for value in np.atleast_1d(values.values)]
-
-
-def _image_and_indicator(key: str) -> tuple[int, str]:
-    image, name, *_ = key.split("/")
-    return int(image), name
 
 
 def _packed(found: UInt[np.ndarray, "P P"], scale: Float[np.ndarray, " P"]) -> bytes:
