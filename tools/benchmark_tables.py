@@ -87,6 +87,7 @@ COMMANDS: dict[str, list[str]] = {
     "scaling_vit_b16": ["scaling", "--volume-of", "vit_b16", "--batch", "64"],
     "training": ["training"],
     "cpu": ["cpu"],
+    "ynnpack": ["ynnpack"],
     "data_path": ["data_path", "--repeats", "21"],
     "viewer": ["viewer"],
     "start": ["start"],

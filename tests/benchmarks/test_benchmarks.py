@@ -131,6 +131,13 @@ def test_cpu(run, shallow):
     positive(rows, "ms", "cpu_ms", "ratio", "cpu_ratio")
 
 
+def test_ynnpack(run, shallow):
+    rows = run("ynnpack", "--side", "4", "--maps", "2", "--pixels", "28", "--repeats", "1")
+    assert len(rows) == 9
+    positive(rows, "ms", "own_ms", "ratio", "cpu_ratio")
+    positive(rows[-1:], "first_ms", "own_first_ms")
+
+
 def test_fields(run):
     rows = run("fields", "--sides", "4,6", "--repeats", "1", "--maps", "2")
     assert [row["patches"] for row in rows] == [16, 36]

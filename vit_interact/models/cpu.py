@@ -72,6 +72,11 @@ def compiler_options(model: Any, images: int, seldom: bool = False) -> dict[str,
     return dict(_ALL_OWN) if seldom else {}
 
 
+def without_ynnpack() -> dict[str, str]:
+    """`compiler_options` of a program in which XLA makes everything itself; {} if not known."""
+    return dict(_ALL_OWN) if on_cpu() and _known_here() else {}
+
+
 @functools.cache
 def _known_here() -> bool:
     """Whether this jaxlib takes the options; they are no promise of XLA's, its default changes."""
