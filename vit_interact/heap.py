@@ -10,17 +10,18 @@ from __future__ import annotations
 import ctypes
 import sys
 
-# Of glibc's malloc.h: M_TRIM_THRESHOLD (-1: never trim), M_MMAP_MAX (0: blocks of any size come
-# from the heap), M_ARENA_MAX (only the first arena can grow to any size).
-_SETTINGS = ((-1, -1), (-4, 0), (-8, 1))
+# Of glibc's malloc.h: M_TRIM_THRESHOLD (-1: never trim), M_MMAP_MAX (0: the main thread's blocks of
+# any size come from its heap), M_TOP_PAD (a heap of other threads, 64 MiB, is never given back).
+_SETTINGS = ((-1, -1), (-4, 0), (-2, 2**26))
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc's allocator to keep what is freed; call it before threads are started.
+    """Tells glibc's allocator to keep what is freed; call it before JAX has been used.
 
     For programs, not for libraries: it holds for the whole process, whose size then stays at its
-    largest. The same without this function, for a program of your own: the environment's
-    `MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1`.
+    largest. Programs on a CPU run in the thread that calls them from then on, as only the main
+    thread's heap can grow to any size. One heap for all threads would do as well, but those that
+    compile would wait for each other: two thirds longer.
 
     Returns:
       Whether it was done; other allocators and systems are left as they are.
@@ -31,4 +32,9 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # no glibc
         return False
-    return all([mallopt(number, value) == 1 for number, value in _SETTINGS])
+    if not all([mallopt(number, value) == 1 for number, value in _SETTINGS]):
+        return False
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    return True

@@ -8,7 +8,6 @@ import typer
 
 from vit_interact.cli import analyze, models, report, statistics, verify
 from vit_interact.cli.shell import app
-from vit_interact.heap import keep_freed_memory
 from vit_interact.processes import (
     INTERRUPTED,
     collect_seldom,
@@ -21,7 +20,6 @@ __all__ = ["analyze", "app", "main", "models", "report", "statistics", "verify"]
 
 def main() -> None:
     """Entry point of `vit-interact`."""
-    keep_freed_memory()
     remember_interrupts()
     collect_seldom()
     try:

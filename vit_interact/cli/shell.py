@@ -125,9 +125,11 @@ def watched(what: str) -> Callable[[Iterable[Any], int], Iterator[Any]]:
 def load(model: str, **settings: Any) -> Checkpoint:
     """Loads weights and prints what they are and what was assumed."""
     from vit_interact.compile_cache import keep_compiled
+    from vit_interact.heap import keep_freed_memory
     from vit_interact.models.weights import load_checkpoint
     from vit_interact.programs import keep_programs
 
+    keep_freed_memory()
     keep_programs(keep_compiled())
     checkpoint = load_checkpoint(model, **settings)
     config = checkpoint.model.config

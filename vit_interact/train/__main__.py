@@ -52,6 +52,7 @@ def _main(argv: Sequence[str]) -> None:
     from vit_interact.cli.shell import watched
     from vit_interact.train.train import train
 
+    keep_freed_memory()
     if _DISTRIBUTED.value or _COORDINATOR.value:
         jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     assert _WORKDIR.value is not None
@@ -87,7 +88,6 @@ def _fail(message: object) -> NoReturn:
 
 def main() -> None:
     """Runs the command line."""
-    keep_freed_memory()
     flags.mark_flags_as_required(["config", "workdir"])
     try:
         app.run(_main, flags_parser=_parse)
