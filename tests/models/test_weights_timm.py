@@ -1,5 +1,6 @@
 """timm's files: golden models of timm itself, and export and import again."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -12,7 +13,7 @@ import pytest
 
 from tools import peers
 from vit_interact.data.preprocess import Preprocess
-from vit_interact.models.config import ViTConfig
+from vit_interact.models.config import ViTConfig, WindowConfig
 from vit_interact.models.vit import ViT
 from vit_interact.models.weights import (
     export_timm,
@@ -20,6 +21,7 @@ from vit_interact.models.weights import (
     stack_layers,
     unstack_layers,
 )
+from vit_interact.models.winft import to_winft
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 # What no file of a tiny model tells: its heads are not 64 wide.
@@ -131,6 +133,18 @@ def test_stack_and_unstack():
     assert stacked["Transformer"]["encoderblock"]["LayerNorm_0"]["scale"].shape == (2, 16)
     assert "encoderblock_0" in params["Transformer"], "the argument is left alone"
     jax.tree.map(np.testing.assert_array_equal, unstack_layers(stacked), params)
+
+
+def test_a_few_images_get_one_block_for_all_layers():
+    loaded = load("timm_vit")
+    few, images = loaded.for_few(1), np.ones((1, *loaded.model.config.image_size, 3), np.float32)
+    assert few.model.config == dataclasses.replace(loaded.model.config, scan=True)
+    jax.tree.map(np.testing.assert_array_equal, few.params, stack_layers(loaded.params))
+    np.testing.assert_allclose(logits(few, images), logits(loaded, images), atol=1e-5)
+    assert loaded.for_few(1000) is loaded and few.for_few(1) is few
+    model, params = to_winft(loaded.model, loaded.params, WindowConfig(layers=(1,), groups=1))
+    unlike = loaded._replace(model=model, params=params)
+    assert unlike.for_few(1) is unlike, "no block stands for one with windows and one without"
 
 
 def test_export_refuses_what_does_not_fit(tmp_path):

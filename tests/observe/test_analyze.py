@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ from tests.models.layers import close
 from vit_interact import interactions as vx
 from vit_interact.interactions.boxes import clipped_boxes
 from vit_interact.models.config import WindowConfig
+from vit_interact.models.vit import ViT
+from vit_interact.models.weights import stack_layers
 from vit_interact.models.winft import predicted_distances, to_winft, without_windows
 
 
@@ -53,6 +56,18 @@ def test_another_library_multiplies_as_well():
     found = vi.analyze(model, params, images, indicator="edge")["interaction"]
     maps = vi.measure(model, params, images, ("edge",))["edge"]
     close(found, np.moveaxis(vx.patch_view(maps, model.config.layout, rows=False), 0, 1))
+
+
+@pytest.mark.parametrize("indicator", ["leave_one_out", "edge"])
+def test_one_block_for_all_layers_finds_the_same(indicator):
+    """Commands loop one block where there are few images."""
+    model, params, images = tiny()
+    scanned = ViT(dataclasses.replace(model.config, scan=True))
+    found = vi.analyze(scanned, stack_layers(params), images, indicator)
+    expected = vi.analyze(model, params, images, indicator)
+    assert set(found) == set(expected) and found.attrs == expected.attrs
+    for name in ("interaction", "combined_interaction", "received_impact", "score", "probability"):
+        close(found[name], expected[name])
 
 
 def test_predicted_windows_are_what_the_model_predicts():

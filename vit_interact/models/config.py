@@ -154,6 +154,11 @@ class ViTConfig:
             raise ValueError(f"windows.layers has {wrong}; the model has {self.depth} layers")
 
     @property
+    def blocks_are_alike(self) -> bool:
+        """Whether one scanned block can stand for all."""
+        return self.windows is None or self.windows.layers is None
+
+    @property
     def prefix(self) -> int:
         """Prefix tokens `T`: class, distillation, registers."""
         return int(self.cls_token) + int(self.distilled) + self.registers

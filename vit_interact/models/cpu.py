@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vit_interact.programs import Program
+
+if TYPE_CHECKING:
+    from vit_interact.models.config import ViTConfig
 
 _YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
 # Of YNNPACK, which XLA asks for products, too, this leaves sums and what they are made of.
@@ -64,12 +67,17 @@ def compiler_options(model: Any, images: int, seldom: bool = False) -> dict[str,
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "layout") or jnp.dtype(config.dtype) != jnp.float32 or not on_cpu():
         return {}
-    tokens = config.layout.num_tokens
-    if tokens >= _MANY_TOKENS or not _known_here():
+    if config.layout.num_tokens >= _MANY_TOKENS or not _known_here():
         return {}
-    if images * tokens >= _MANY_ROWS:
+    if not few(config, images):
         return dict(_OWN_PRODUCTS)
     return dict(_ALL_OWN) if seldom else {}
+
+
+def few(config: ViTConfig, images: int) -> bool:
+    """Whether a CPU measures so many images sooner than it makes the program for them."""
+    tokens = config.layout.num_tokens
+    return on_cpu() and tokens < _MANY_TOKENS and images * tokens < _MANY_ROWS
 
 
 def without_ynnpack() -> dict[str, str]:

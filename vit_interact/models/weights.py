@@ -21,7 +21,7 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Float
 
-from vit_interact.models import architecture
+from vit_interact.models import architecture, cpu
 from vit_interact.models.config import ViTConfig, as_pair
 from vit_interact.models.conventions import METADATA_KEY, Facts, gather_facts, make_preprocess
 from vit_interact.models.formats import (
@@ -92,6 +92,20 @@ class Checkpoint(NamedTuple):
 
         pictures = [self.preprocess.picture(read_image(path)) for path in paths]
         return self.preprocess.normalize(np.stack(pictures))
+
+    def for_few(self, images: int) -> Checkpoint:
+        """The same with one block looped by `nn.scan`, where programs take longer to make than run.
+
+        Args:
+          images: that will be measured in all.
+        """
+        config = self.model.config
+        if config.scan or not cpu.few(config, images) or not config.blocks_are_alike:
+            return self
+        # On the host: `jnp.stack` would compile a program for each shape.
+        stacked = stack_layers(jax.tree.map(np.asarray, self.params))
+        model = ViT(dataclasses.replace(config, scan=True))
+        return self._replace(model=model, params=jax.device_put(stacked))
 
 
 def load_checkpoint(
@@ -252,24 +266,29 @@ def _note_other_crop(facts: Facts, config: ViTConfig, notes: list[str]) -> None:
 
 
 def _as_params(flat: Arrays, config: ViTConfig) -> dict[str, Any]:
+    nested = traverse_util.unflatten_dict(flat, sep="/")
     # All at once: `jnp.asarray` would compile a program for each shape.
-    nested = traverse_util.unflatten_dict(jax.device_put(flat), sep="/")
-    return stack_layers(nested) if config.scan else nested
+    return jax.device_put(stack_layers(nested) if config.scan else nested)
 
 
 def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters of a looped model as those of a scanned one: one block, a leading layer axis.
 
     Args:
-      params: nested parameters with `Transformer/encoderblock_0`, `encoderblock_1`, ...
+      params: nested parameters with `Transformer/encoderblock_0`, `encoderblock_1`, ...; NumPy's
+        arrays stay so.
 
     Returns:
       The same with a single stacked `Transformer/encoderblock`; the rest is shared, not copied.
     """
     encoder = dict(params["Transformer"])
     blocks = [encoder.pop(f"encoderblock_{i}") for i in range(_count_blocks(encoder))]
-    encoder["encoderblock"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+    encoder["encoderblock"] = jax.tree.map(_stack, *blocks)
     return {**params, "Transformer": encoder}
+
+
+def _stack(*leaves: Any) -> Any:
+    return (np if isinstance(leaves[0], np.ndarray) else jnp).stack(leaves)
 
 
 def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
