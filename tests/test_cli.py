@@ -91,6 +91,7 @@ def test_analyze_leaves_a_folder(tmp_path, weights):
     assert list(dataset.coords["class_name"].values) == list(CLASSES)  # after a second batch, too
     assert dataset.attrs["model"].endswith("tiny.safetensors")
     assert len(dataset.attrs["weights_sha256"]) == 64
+    assert not json.loads(dataset.attrs["architecture"])["scan"], "of the weights, not of the run"
     np.testing.assert_allclose(dataset["combined_interaction"].sum("key"), 1, atol=1e-5)
     folders = sorted(path.name for path in (out / "images").iterdir())
     assert len(folders) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -109,7 +110,8 @@ def analyze_pictures(
     score = options.get("score", "predicted")
     dataset.attrs.update(
         model=checkpoint.source,
-        architecture=json.dumps(config.to_dict()),
+        # Of the weights; how the layers were looped here is none of it.
+        architecture=json.dumps(dataclasses.replace(config, scan=False).to_dict()),
         weights_sha256=checkpoint.sha256,
         score_of=str(score) if isinstance(score, str | int) else "given",
         patch_size=list(config.patch_size),
