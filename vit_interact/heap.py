@@ -11,8 +11,8 @@ import ctypes
 import sys
 
 # Of glibc's malloc.h: M_TRIM_THRESHOLD (-1: never trim), M_MMAP_MAX (0: the main thread's blocks of
-# any size come from its heap), M_TOP_PAD (a heap of other threads, 64 MiB, is never given back).
-_SETTINGS = ((-1, -1), (-4, 0), (-2, 2**26))
+# any size come from its heap).
+_SETTINGS = ((-1, -1), (-4, 0))
 
 
 def keep_freed_memory() -> bool:
