@@ -21,7 +21,7 @@ def keep_freed_memory() -> bool:
     For programs, not for libraries: it holds for the whole process, whose size then stays at its
     largest. Programs on a CPU run in the thread that calls them from then on, as only the main
     thread's heap can grow to any size. One heap for all threads would do as well, but those that
-    compile would wait for each other: two thirds longer.
+    compile would wait for each other (docs/benchmarks.md).
 
     Returns:
       Whether it was done; other allocators and systems are left as they are.

@@ -135,7 +135,7 @@ def analyze_folder(
             advance(dataset.sizes["image"])
         # A few images don't pay for the padding of a large batch.
         batch_size = min(batch_size, max(1, len(todo)))
-        checkpoint = checkpoint.for_few(len(todo))
+        checkpoint = checkpoint.for_few(len(todo)) if todo else checkpoint
         with _Behind(folder, advance) as behind:
             for start in range(0, len(todo), batch_size):
                 chunk = todo[start : start + batch_size]
