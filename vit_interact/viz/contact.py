@@ -80,7 +80,7 @@ def draw_contact_sheet(
         _draw_cell(axes, scene, _MARGIN + across * (_CELL + _GAP), _TOP + down * cell, thumb)
     axes.set(xlim=(0, _WIDTH), ylim=(height, 0))
     total = len(scenes) if count is None else count
-    shown = f"{total} images"
+    shown = f"{total} image{'s' * (total != 1)}"
     if len(scenes) < total:
         shown = f"images {start + 1} to {start + len(scenes)} of {total}"
     model = style.shorten(str(images[0].attrs.get("model", "")), 40)
