@@ -317,8 +317,10 @@ def test_coverage_map_of_one_whole_window() -> None:
 
 
 def test_color_limits_hold_for_constant_empty_and_extreme_maps() -> None:
-    assert color_limits(np.full((2, 2), 3.0)) == (1.5, 4.5)
-    assert color_limits(np.zeros((2, 2))) == (-0.5, 0.5)
+    # The area of windows that all are the whole grid is 1, and no share is more.
+    assert color_limits(np.full((2, 2), 1.0)) == (0.0, 1.0)
+    assert color_limits(np.full((2, 2), -3.0)) == (-3.0, 0.0)
+    assert color_limits(np.zeros((2, 2))) == (0.0, 1.0)
     assert color_limits(np.full((2, 2), np.nan)) == (0.0, 1.0)
     low, high = color_limits(np.append(np.linspace(0, 1, 99), 1000.0), 0.98)
     assert (low, high) == pytest.approx((0.0, 0.99), abs=0.01)

@@ -320,7 +320,8 @@ def color_limits(values: np.ndarray, upper: float = 1.0) -> tuple[float, float]:
         the rest keeps its contrast.
 
     Returns:
-      The smallest finite value and the quantile; an interval around it if the map is constant.
+      The smallest finite value and the quantile; from 0 to its value if the map is constant, so
+      that the colours of a share never go beyond 1.
     """
     finite = values[np.isfinite(values)].astype(np.float64)
     if not finite.size:
@@ -328,5 +329,5 @@ def color_limits(values: np.ndarray, upper: float = 1.0) -> tuple[float, float]:
     low, high = float(finite.min()), float(np.quantile(finite, upper))
     if high - low > 1e-6 * max(abs(low), abs(high)):
         return low, high
-    pad = 0.5 * abs(low) or 0.5
-    return low - pad, high + pad
+    low, high = min(low, 0.0), max(float(finite.max()), 0.0)
+    return (low, high) if low < high else (0.0, 1.0)
