@@ -21,10 +21,25 @@ def test_python_block_runs(tmp_path, monkeypatch):
     assert names["windows"].shape == (2, 256, 4)
 
 
-def test_pictures_and_links_are_there():
-    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", README.read_text("utf-8"))
-    assert targets
-    assert [target for target in targets if not (README.parent / target).exists()] == []
+def test_pictures_links_and_headings_are_there():
+    """In the README, the change log and all of docs."""
+    root = README.parent
+    dead = []
+    for page in (README, root / "CHANGELOG.md", *(root / "docs").glob("*.md")):
+        targets = re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text("utf-8"))
+        for target in targets:
+            path, _, heading = target.partition("#")
+            other = page.parent / path if path else page
+            if not other.exists() or (heading and heading not in headings(other)):
+                dead.append(f"{page.name}: {target}")
+    assert dead == []
+    assert "](docs/" in README.read_text("utf-8")
+
+
+def headings(page: pathlib.Path) -> set[str]:
+    """Headings as links name them."""
+    lines = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
 
 
 @pytest.mark.slow

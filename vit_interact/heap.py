@@ -2,7 +2,7 @@
 
 XLA's CPU client asks for a program's temporary memory at each call and frees it afterwards. glibc
 returns blocks of that size to the kernel, which must fill each page with zeros at the next call: a
-quarter of a small ViT's training step (docs/benchmarks.md).
+quarter of a small ViT's training step (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def keep_freed_memory() -> bool:
     For programs, not for libraries: it holds for the whole process, whose size then stays at its
     largest. Programs on a CPU run in the thread that calls them from then on, as only the main
     thread's heap can grow to any size. One heap for all threads would do as well, but those that
-    compile would wait for each other (docs/benchmarks.md).
+    compile would wait for each other (docs/performance.md).
 
     Returns:
       Whether it was done; other allocators and systems are left as they are.

@@ -3,7 +3,7 @@
 JAX's own folder of compiled programs saves XLA's work. A command that has one image to measure then
 spends most of its time on the way there: to trace the model and to lower it, only to learn that
 its program is known. Here a program is known by what it would be traced from, so that nothing is
-traced (`docs/benchmarks.md`, "Start").
+traced (`docs/performance.md`, "Start").
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def sums_of_ynnpack(function, *shape):
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="of XLA's CPU compiler")
 def test_fields_have_one_sum_at_a_time_and_no_logarithms_in_it():
-    """Else they take five times as long, where a batch has one image (docs/benchmarks.md)."""
+    """Else they take five times as long, where a batch has one image (docs/performance.md)."""
     patches = LAYOUT.num_patches
     sums = sums_of_ynnpack(lambda rows: vx.responsive_field(rows, LAYOUT), 5, 1, patches, patches)
     if not sums:

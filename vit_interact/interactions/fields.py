@@ -105,7 +105,7 @@ def fields_of_rows(
     eccentricity = jnp.where(major > _POINT, _root(1 - thin), 0.0)
 
     some = weights > 0
-    # The choice around the product keeps YNNPACK from the logarithms (docs/benchmarks.md).
+    # The choice around the product keeps YNNPACK from the logarithms (docs/performance.md).
     terms = jnp.where(some, weights * jnp.log(jnp.where(some, weights, 1.0)), 0.0)
     entropy = -terms.sum(axis=-1) / max(math.log(layout.num_patches), 1e-6)
     fields = ResponsiveField(

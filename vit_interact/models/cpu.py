@@ -21,7 +21,7 @@ _OWN_PRODUCTS = {_YNNPACK: "LIBRARY_FUSION_TYPE_REDUCE"}
 # And this leaves convolutions, which our models have none of.
 _ALL_OWN = {_YNNPACK: "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"}
 # Tokens of all images from which on these are faster, and tokens of one where they no longer are:
-# there attention takes over, one head at a time (docs/benchmarks.md).
+# there attention takes over, one head at a time (docs/performance.md).
 _MANY_ROWS, _MANY_TOKENS = 768, 512
 
 

@@ -24,7 +24,7 @@ def dense(
     A product of two matrices and a bias that is a row. With tokens in several axes, the kernel's
     derivative takes XLA's CPU twice as long as with them in one, and with heads in an axis of their
     own, the bias's derivative many times as long; on a GPU, such a bias is written out for all
-    tokens (docs/benchmarks.md).
+    tokens (docs/performance.md).
     """
     kept, outputs = x.shape[: x.ndim - axes], kernel.shape[axes:]
     depth = math.prod(kernel.shape[:axes])
@@ -68,7 +68,7 @@ class PatchEmbedding(nn.Module):
     """A convolution of patches that do not overlap, with the parameters of `nn.Conv`.
 
     As one product of matrices: XLA's convolution takes several times as long on a GPU, and so does
-    its derivative by the images on a CPU (docs/benchmarks.md).
+    its derivative by the images on a CPU (docs/performance.md).
 
     Attributes:
       features: width of a token.

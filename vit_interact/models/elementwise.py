@@ -61,7 +61,7 @@ def _sigmoid_slope(x: Array, factor: float) -> Array:
 
 
 ACTIVATION_FUNCTIONS: dict[str, Elementwise] = {
-    # jax's own exact GELU takes erfc, which costs a CPU twice as much (docs/benchmarks.md).
+    # jax's own exact GELU takes erfc, which costs a CPU twice as much (docs/performance.md).
     "gelu": _with_slope(lambda x: x * (0.5 + 0.5 * lax.erf(x * 0.5**0.5)), _erf_slope),
     "gelu_tanh": _with_slope(lambda x: nn.gelu(x, approximate=True), _tanh_slope),
     "gelu_quick": _with_slope(
@@ -106,7 +106,7 @@ def _standardise_jvp(
 ) -> tuple[Array, Array]:
     (x,), (tangent,) = primals, tangents
     # Behind a barrier, or XLA's GPU compiler makes the statistics again in each kernel that needs
-    # normal tokens, and writes these out in float32 (docs/benchmarks.md).
+    # normal tokens, and writes these out in float32 (docs/performance.md).
     middle, share = lax.optimization_barrier(_statistics(x, epsilon))
     found = (x - middle) * share
     mean = functools.partial(jnp.mean, axis=-1, keepdims=True)

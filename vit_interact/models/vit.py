@@ -323,7 +323,7 @@ class ViT(nn.Module):
             prefix = jnp.broadcast_to(prefix.reshape(1, -1), (x.shape[0], prefix[0].size))
         # Tokens of an image stand in one axis here, or XLA's GPU compiler would lay out the whole
         # residual stream for the sum over images that is the positions' derivative, and transpose
-        # it in every layer (docs/benchmarks.md).
+        # it in every layer (docs/performance.md).
         prefix = prefix.reshape(x.shape[0], -1)
         x = x.reshape(x.shape[0], -1) + patch_position.reshape(1, -1)
         x = jnp.concatenate([prefix, x], axis=1).reshape(x.shape[0], -1, config.width)
