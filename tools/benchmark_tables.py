@@ -93,6 +93,7 @@ COMMANDS: dict[str, list[str]] = {
     "start": ["start"],
     "analyze": ["analyze"],
     "tracing": ["tracing"],
+    "one_block": ["one_block"],
 }
 COMPILED_ONLY = ("memory", "scaling")  # other programs on the cores change nothing there
 _TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -138,6 +138,14 @@ def test_ynnpack(run, shallow):
     positive(rows[-1:], "first_ms", "own_first_ms")
 
 
+@pytest.mark.slow
+def test_one_block(run, shallow):
+    rows = run("one_block", "--pixels", "28", "--repeats", "1", "--later", "1")
+    assert [row["way"] for row in rows] == 3 * ["layers one by one", "one block"]
+    positive(rows, "trace_s", "compile_s", "read_s", "first_s", "s", "ratio", "kept_ratio")
+    assert all(row["ratio"] == row["all_ratio"] == row["kept_ratio"] == 1 for row in rows[::2])
+
+
 def test_fields(run):
     rows = run("fields", "--sides", "4,6", "--repeats", "1", "--maps", "2")
     assert [row["patches"] for row in rows] == [16, 36]
