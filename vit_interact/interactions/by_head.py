@@ -48,7 +48,7 @@ def of_one(
 
 
 def sum_over_heads(
-    of_head: Callable[..., Array], weights: Array, *sides: tuple[Array, int], alone: bool = False
+    of_head: Callable[..., Array], weights: Array, *sides: tuple[Array, int]
 ) -> Array:
     """Adds up what a function gives for each head.
 
@@ -56,10 +56,9 @@ def sum_over_heads(
       of_head: of a head's weights `[..., M, N]` and its part of each side.
       weights: `[..., H, M, N]`.
       sides: each with its axis of heads, counted from the end.
-      alone: one head at a time, even where all together are small.
     """
     inputs = ((weights, -3), *sides)
-    if not alone and weights.size <= _AT_ONCE:
+    if weights.size <= _AT_ONCE:
         # Heads to the front: XLA's CPU is slow in multiplying strided matrices.
         each = jax.vmap(of_head)(*(jnp.moveaxis(array, axis, 0) for array, axis in inputs))
         return functools.reduce(jnp.add, each)

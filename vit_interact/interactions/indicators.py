@@ -24,7 +24,6 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vit_interact.interactions.by_head import (
-    add_heads,
     is_single,
     mean_over_heads,
     of_one,
@@ -114,14 +113,23 @@ def value_norm(weights: Weights, values: Heads, out_kernel: Kernel) -> Float[Arr
         return of_one(value_norm, weights, values, out_kernel)
     weights = widen(weights)
     values, kernel = _like(values, weights), _like(out_kernel, weights)
-    moved = jnp.einsum("...jhk,hkd->...jhd", values, kernel, precision=EXACT)
-    gram = jnp.einsum("...jhd,...jgd->...hgj", moved, moved, precision=EXACT)
+    metric = jnp.einsum("hkd,gld->hgkl", kernel, kernel, precision=EXACT)
 
-    def of_head(own: Array, with_others: Array) -> Array:
-        # [..., G, 1, N] against [..., G, M, N]: a fused multiply-and-sum, no transposed copy.
-        return own * add_heads(with_others[..., None, :] * weights)
+    def gram_of_head(head: tuple[Array, Array]) -> Array:
+        moved = jnp.einsum("...jk,gkl->...jgl", *head, precision=EXACT)
+        return jnp.sum(moved * values, axis=-1)
 
-    squared = sum_over_heads(of_head, weights, (gram, -3), alone=True)
+    # By the heads' small matrices, not by values in the residual stream: `[..., N, H, D]` is large.
+    gram = jax.lax.map(gram_of_head, (jnp.moveaxis(values, -2, 0), metric))
+    gram = jnp.moveaxis(gram, -1, 1)[..., None, :]
+    each = jnp.moveaxis(weights, -3, 0)
+    squared = jnp.zeros_like(each[0])
+    # All pairs of heads in one loop over edges; each pair counts twice, and is made once.
+    for h, own in enumerate(each):
+        others = gram[h, h] * own
+        for g in range(h):
+            others += 2 * gram[h, g] * each[g]
+        squared += own * others
     return safe_sqrt(squared)
 
 
