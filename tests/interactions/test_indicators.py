@@ -268,6 +268,15 @@ def test_no_tensor_with_two_tokens_and_a_width(name):
     assert compiled.memory_analysis().temp_size_in_bytes < 7 * square
 
 
+def test_value_norm_makes_no_values_in_the_residual_stream():
+    """What exists at a time is of one head: neither `[N, H, D]` nor products of pairs of heads."""
+    tensors = make(heads=8, tokens=256, width=32, model=512)
+    arguments = [jnp.asarray(tensors[need], jnp.float32) for need in vx.NEEDS["value_norm"]]
+    compiled = jax.jit(vx.value_norm).lower(*arguments).compile()
+    in_the_stream = 256 * 8 * 512 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.4 * in_the_stream
+
+
 def test_patch_view_and_combine_layers():
     layout = TokenLayout(rows=1, cols=2, prefix=1)
     indicator = jnp.array(
