@@ -207,6 +207,7 @@ def test_bf16_compute_is_close():
         pytest.param("attention", 8, marks=pytest.mark.slow),
         ("leave_one_out", 8),
         pytest.param("leave_one_out", 1, marks=pytest.mark.slow),
+        pytest.param("value_norm", 1, marks=pytest.mark.slow),
     ],
 )
 def test_temporary_memory_is_that_of_the_forward_pass(indicator, batch):

@@ -113,14 +113,16 @@ def value_norm(weights: Weights, values: Heads, out_kernel: Kernel) -> Float[Arr
         return of_one(value_norm, weights, values, out_kernel)
     weights = widen(weights)
     values, kernel = _like(values, weights), _like(out_kernel, weights)
-    metric = jnp.einsum("hkd,gld->hgkl", kernel, kernel, precision=EXACT)
 
     def gram_of_head(head: tuple[Array, Array]) -> Array:
-        moved = jnp.einsum("...jk,gkl->...jgl", *head, precision=EXACT)
+        own, own_kernel = head
+        # Within the loop, or XLA makes those of all layers ahead of time.
+        metric = jnp.einsum("kd,gld->gkl", own_kernel, kernel, precision=EXACT)
+        moved = jnp.einsum("...jk,gkl->...jgl", own, metric, precision=EXACT)
         return jnp.sum(moved * values, axis=-1)
 
     # By the heads' small matrices, not by values in the residual stream: `[..., N, H, D]` is large.
-    gram = jax.lax.map(gram_of_head, (jnp.moveaxis(values, -2, 0), metric))
+    gram = jax.lax.map(gram_of_head, (jnp.moveaxis(values, -2, 0), kernel))
     gram = jnp.moveaxis(gram, -1, 1)[..., None, :]
     each = jnp.moveaxis(weights, -3, 0)
     squared = jnp.zeros_like(each[0])
