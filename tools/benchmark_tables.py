@@ -1,6 +1,6 @@
 """Runs the benchmarks of docs/benchmarks.md and kernels.md and fills tables from their JSON files.
 
-    python -m tools.benchmark_tables --run           # all of them: one to two hours on two idle cores
+    python -m tools.benchmark_tables --run           # all: one to two hours on two idle cores
     python -m tools.benchmark_tables --run fields    # some, then the tables
     python -m tools.benchmark_tables                 # the tables alone
     python -m tools.benchmark_tables --check         # exit code 1 when a page is out of date
