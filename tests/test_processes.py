@@ -101,6 +101,33 @@ def test_an_interrupt_waits_until_jax_is_there(tmp_path):
     assert ran.stdout == "jax\ninterrupted\n", ran.stderr
 
 
+COLLECTS = """
+import gc, signal, time
+from vit_interact.processes import remember_interrupts
+
+def callback(phase, info):
+    if phase == "start":
+        signal.raise_signal(signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+remember_interrupts()
+gc.callbacks.append(callback)
+try:
+    gc.collect()
+    gc.callbacks.clear()
+    time.sleep(10)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_an_interrupt_waits_for_the_garbage_collectors_callbacks():
+    """Python prints a traceback of what comes out of them, and goes on."""
+    ran = subprocess.run([sys.executable, "-c", COLLECTS], capture_output=True, text=True,
+                         timeout=60)  # fmt: skip
+    assert ran.stdout == "interrupted\n" and not ran.stderr
+
+
 def test_interrupts_that_a_shell_has_ignored_stay_so(interruptible):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     remember_interrupts()

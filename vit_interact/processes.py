@@ -22,13 +22,14 @@ _interrupted = threading.Event()
 def remember_interrupts() -> None:
     """Has `stop_if_interrupted` know of every Ctrl-C from now on, which interrupts as before.
 
-    Python drops the exception where Ctrl-C meets a callback, such as JAX has in the garbage
-    collector: the command would go on as if nothing had been said. While JAX is imported it waits.
+    Python drops the exception where Ctrl-C meets a callback: the command would go on as if nothing
+    had been said. While JAX is imported, and in the garbage collector's callbacks, such as JAX has,
+    it waits.
     """
 
     def interrupt(number: int, frame: Any) -> None:
         _interrupted.set()
-        if _jax_comes_in():
+        if _jax_comes_in() or _collecting(frame):
             again = threading.Timer(0.05, os.kill, (os.getpid(), number))
             again.daemon = True
             again.start()
@@ -44,6 +45,16 @@ def _jax_comes_in() -> bool:
     """Whether JAX is being imported: its native modules crash when that is interrupted."""
     spec = getattr(sys.modules.get("jax"), "__spec__", None)
     return bool(getattr(spec, "_initializing", False))
+
+
+def _collecting(frame: Any) -> bool:
+    """Whether a callback of the garbage collector is at work there: Python prints its exceptions."""
+    callbacks = [getattr(callback, "__code__", None) for callback in gc.callbacks]
+    while frame is not None:
+        if frame.f_code in callbacks:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def stop_if_interrupted() -> None:
