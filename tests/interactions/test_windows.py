@@ -1,6 +1,7 @@
 """Windows against all boxes, tried one by one in float64."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -161,11 +162,34 @@ def test_leading_axes_chunks_vmap_and_bfloat16_agree():
     ):
         np.testing.assert_array_equal(found, one_by_one)
     bytes_of_three = 3 * 4 * (3 * 20 * 6 + 400)  # 20 lanes: four chunks, the last overlaps
-    chunked = wd._windows_of_maps(
-        jnp.asarray(maps.reshape(10, 4, 5, 20)), jnp.arange(5), layout, (0.7,), 1, bytes_of_three
-    )  # [maps, columns, coverages, rows, 4]
-    chunked = jnp.swapaxes(chunked[:, :, 0], 1, 2).reshape(10, 20, 4)
-    np.testing.assert_array_equal(chunked, one_by_one.reshape(10, 20, 4))
+    for at_once in (False, True):
+        chunked = wd._windows_of_maps(
+            jnp.asarray(maps.reshape(10, 4, 5, 20)), jnp.arange(5), layout, (0.7,), 1,
+            bytes_of_three, at_once,
+        )  # [maps, columns, coverages, rows, 4]  # fmt: skip
+        chunked = jnp.swapaxes(chunked[:, :, 0], 1, 2).reshape(10, 20, 4)
+        np.testing.assert_array_equal(chunked, one_by_one.reshape(10, 20, 4))
+
+
+@pytest.mark.parametrize(("rows", "cols", "highest"), [(3, 5, 2), (7, 4, 2), (6, 6, 9), (1, 8, 3)])
+def test_on_an_accelerator_the_search_has_no_loop_that_depends_on_what_it_finds(
+    rows, cols, highest, monkeypatch
+):
+    layout = TokenLayout(rows, cols)
+    patches = layout.num_patches
+    maps = np.random.default_rng(rows).integers(0, highest, (40, patches, patches))
+    maps = maps.astype(np.float32)  # of few numbers, so that many boxes tie
+    maps[3, 1], maps[4, 0, 0] = 0, np.nan
+    search = lambda x: wd.smallest_windows(x, layout, (0.3, 0.9, 1.0))  # noqa: E731
+    expected = search(maps)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    jax.clear_caches()
+    compiled = jax.jit(search).lower(maps).compile()
+    np.testing.assert_array_equal(compiled(maps), expected)
+    # How often each loop turns is known: of maps, and of columns.
+    loops = re.findall(r" while\(.*", compiled.as_text())
+    assert loops and all("known_trip_count" in loop for loop in loops)
+    jax.clear_caches()
 
 
 def test_no_maps_have_no_windows():

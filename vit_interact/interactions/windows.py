@@ -163,8 +163,9 @@ def _search(
     """
     # A CPU wants chunks that stay in its cache, an accelerator enough lanes to fill it. Not
     # `lax.platform_dependent`, which traces the search for both.
-    chunk_bytes = 4 * 2**20 if jax.default_backend() == "cpu" else 2**28
-    return _windows_of_maps(maps, jnp.asarray(cols), layout, coverages, axis, chunk_bytes)
+    at_once = jax.default_backend() != "cpu"
+    chunk_bytes = 2**28 if at_once else 4 * 2**20
+    return _windows_of_maps(maps, jnp.asarray(cols), layout, coverages, axis, chunk_bytes, at_once)
 
 
 def _windows_of_maps(
@@ -174,8 +175,13 @@ def _windows_of_maps(
     coverages: tuple[float, ...],
     axis: int,
     chunk_bytes: int,
+    at_once: bool,
 ) -> Int32[Array, "maps W Q R 4"]:
-    """All windows of all maps, one chunk of maps after the other."""
+    """All windows of all maps, one chunk of maps after the other.
+
+    `at_once` does without loops whose length depends on what is found: a GPU waits for the host at
+    each step of such a loop, which took it twice as long as all of the search.
+    """
     lanes = math.comb(layout.rows + 2, 3)
     map_bytes = 4 * (3 * lanes * (layout.cols + 1) + math.prod(maps.shape[1:]))
     chunks = max(1, math.ceil(len(maps) / max(1, chunk_bytes // map_bytes)))
@@ -185,7 +191,10 @@ def _windows_of_maps(
     def chunk(index: Array) -> Array:
         # The last chunk starts early enough to be full: its first maps are done twice.
         of_chunk = lax.dynamic_slice_in_dim(maps, jnp.minimum(index * size, last), size)
-        search = partial(_windows_of_map, cols=cols, layout=layout, coverages=coverages, axis=axis)
+        search = partial(
+            _windows_of_map, cols=cols, layout=layout, coverages=coverages, axis=axis,
+            at_once=at_once,
+        )  # fmt: skip
         return jax.vmap(search)(of_chunk)
 
     windows = lax.map(chunk, jnp.arange(chunks, dtype=jnp.int32))
@@ -222,6 +231,7 @@ def _windows_of_map(
     layout: TokenLayout,
     coverages: tuple[float, ...],
     axis: int,
+    at_once: bool,
 ) -> Int32[Array, "W Q R 4"]:
     """All windows of one map, one column of queries after the other."""
     rows = layout.rows
@@ -238,10 +248,10 @@ def _windows_of_map(
         ).reshape(layout.cols + 1, -1)
         band = prefix[:, bands.lower] - prefix[:, bands.upper]
         total = prefix[-1].reshape(rows, rows + 1)[:, -1]
-        heaviest = _heaviest_boxes(band, col)
+        heaviest = (_heaviest_of_all if at_once else _heaviest_boxes)(band, col)
         # No more is demanded than the row holds: rounded sums may stay below 1, and rows of zeros
         # have their 1x1 box by this too.
-        pick = partial(_first_smallest_box, band, heaviest, col, bands)
+        pick = partial(_first_smallest_box, band, heaviest, col, bands, at_once)
         return jax.vmap(pick)(jnp.minimum(wanted[:, None], total))
 
     return lax.map(column, jnp.arange(len(cols), dtype=jnp.int32))
@@ -268,11 +278,24 @@ def _heaviest_boxes(
     return lax.map(of_width, jnp.arange(1, cols + 1, dtype=jnp.int32))
 
 
+def _heaviest_of_all(
+    band: Float[Array, "K lanes"], col: Int32[Array, ""]
+) -> Float[Array, "C lanes"]:
+    """`_heaviest_boxes` by one maximum over all lefts, most of which do not hold the column."""
+    cols = band.shape[0] - 1
+    lefts = np.arange(cols, dtype=np.int32)
+    rights = lefts + np.arange(1, cols + 1, dtype=np.int32)[:, None]
+    holds = (lefts <= col) & (col < rights) & (rights <= cols)
+    mass = band[np.minimum(rights, cols)] - band[lefts]
+    return jnp.where(holds[..., None], mass, -jnp.inf).max(axis=1)
+
+
 def _first_smallest_box(
     band: Float[Array, "K lanes"],
     heaviest: Float[Array, "C lanes"],
     col: Int32[Array, ""],
     bands: _Bands,
+    at_once: bool,
     threshold: Float[Array, " R"],
 ) -> Int32[Array, "R 4"]:
     """The window of each query of column `col`, from the largest masses of all bands and widths."""
@@ -294,28 +317,37 @@ def _first_smallest_box(
     hit = fits & (mass >= accepted)
     top = jnp.where(hit, bands.top, rows).min(axis=1)
 
-    # Of the bands with this top, each of another height: smallest left, then smallest bottom. One
-    # band of each query a turn; rarely a second turn, as equal areas seldom have equal masses.
+    # Of the bands with this top, each of another height: smallest left, then smallest bottom.
     query, nth = np.arange(rows)[:, None], np.arange(rows)
     count = bands.bottoms[:, None]
     slots = top[:, None] * count + np.minimum(nth, count - 1)  # of bottom row + 1, row + 2, ...
+    tied = hit[query, slots] & (nth < count)
     lefts = np.arange(cols, dtype=np.int32)
     none = rows * cols
 
-    def turn(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        left_bottom, open_bands = state
-        which = open_bands.argmax(axis=1, keepdims=True)  # the first that is open, if any is
+    def first_of(which: Array | np.ndarray) -> Array:
+        """Left and bottom of the first box of some of the bands that tie, as one number."""
         slot = slots[query, which]
-        lane = bands.first[:, None] + slot
-        rights = lefts + width[query, slot]
+        lane = (bands.first[:, None] + slot)[..., None]
+        rights = lefts + width[query, slot][..., None]
         mass = band[jnp.minimum(rights, cols), lane] - band[lefts, lane]
-        inside = (lefts <= col) & (col < rights) & (rights <= cols) & (mass >= accepted)
-        inside &= open_bands[query, which]
-        found = jnp.where(inside, lefts * rows + query + which, none).min(axis=1)
-        return jnp.minimum(left_bottom, found), open_bands & (nth != which)
+        inside = (lefts <= col) & (col < rights) & (rights <= cols)
+        inside &= (mass >= accepted[..., None]) & tied[query, which][..., None]
+        number = lefts * rows + (query + which)[..., None]
+        return jnp.where(inside, number, none).min(axis=(1, 2))
 
-    start = (top * 0 + none, hit[query, slots] & (nth < count))
-    left_bottom, _ = lax.while_loop(lambda state: state[1].any(), turn, start)
+    if at_once:
+        left_bottom = first_of(np.broadcast_to(nth, (rows, rows)))
+    else:
+        # One band of each query a turn; rarely a second turn, as equal areas seldom have equal
+        # masses.
+        def turn(state: tuple[Array, Array]) -> tuple[Array, Array]:
+            left_bottom, open_bands = state
+            which = open_bands.argmax(axis=1, keepdims=True)  # the first that is open, if any is
+            return jnp.minimum(left_bottom, first_of(which)), open_bands & (nth != which)
+
+        start = (top * 0 + none, tied)
+        left_bottom, _ = lax.while_loop(lambda state: state[1].any(), turn, start)
     left, bottom = left_bottom // rows, left_bottom % rows + 1
     right = left + area[:, 0] // (bottom - top)
     return jnp.stack([top, left, bottom, right], axis=-1).astype(jnp.int32)
