@@ -48,7 +48,7 @@ def _jax_comes_in() -> bool:
 
 
 def _collecting(frame: Any) -> bool:
-    """Whether a callback of the garbage collector is at work there: Python prints its exceptions."""
+    """Whether a callback of the garbage collector is at work: Python prints its exceptions."""
     callbacks = [getattr(callback, "__code__", None) for callback in gc.callbacks]
     while frame is not None:
         if frame.f_code in callbacks:

@@ -38,7 +38,7 @@ from vit_interact.models.attend_backward import attention_gradients, gradients_i
 from vit_interact.models.bias import SeparableBias
 from vit_interact.models.dense import Dense
 from vit_interact.models.elementwise import LayerNorm
-from vit_interact.models.fused import fused_attention
+from vit_interact.models.fused import FirstTokens, fused_attention
 
 KINDS = ("weights", "logits", "values", "output", "query", "key")
 SINKS = "sinks"
@@ -152,7 +152,7 @@ class MultiHeadDotProductAttention(nn.Module):
         self,
         inputs_q: Float[Array, "B N D"],
         inputs_kv: Float[Array, "B M D"],
-        mask: Bool[Array, ...] | None = None,
+        mask: Bool[Array, ...] | FirstTokens | None = None,
         bias: SeparableBias | None = None,
         layer_scale: Float[Array, " D"] | None = None,
     ) -> Float[Array, "B N D"]:
@@ -161,22 +161,23 @@ class MultiHeadDotProductAttention(nn.Module):
         Args:
           inputs_q: what queries are made from, `[B, N, D]`.
           inputs_kv: what keys and values are made from, `[B, M, D]`.
-          mask: True = attend; `[N, M]`, `[B, N, M]` or `[B, H, N, M]`.
+          mask: True = attend; `[N, M]`, `[B, N, M]` or `[B, H, N, M]`. `FirstTokens` where there
+            are no taps.
           bias: additive separable bias of the logits.
           layer_scale: the block's LayerScale `[D]`, only for the taps' `out_kernel`.
         """
         width = inputs_q.shape[-1]
         head_dim = width // self.heads
 
-        def project(name: str, inputs: Array) -> Array:
-            return Dense((self.heads, head_dim), dtype=self.dtype, name=name)(inputs)
+        def project(name: str, inputs: Array, scale: float = 1.0) -> Array:
+            return Dense((self.heads, head_dim), dtype=self.dtype, scale=scale, name=name)(inputs)
 
-        query, key = project("query", inputs_q), project("key", inputs_kv)
-        value = project("value", inputs_kv)
+        scale = head_dim**-0.5
+        query = project("query", inputs_q, 1.0 if self.qk_norm else scale)
+        key, value = project("key", inputs_kv), project("value", inputs_kv)
         if self.qk_norm:
             norm = functools.partial(LayerNorm, self.norm_eps, self.dtype)
-            query, key = norm(name="query_norm")(query), norm(name="key_norm")(key)
-        query = query * (head_dim**-0.5)
+            query, key = norm(name="query_norm")(query) * scale, norm(name="key_norm")(key)
         mask = _with_heads(mask)
         project_out = Dense(width, axes=2, dtype=self.dtype, name="out")
 
@@ -200,10 +201,10 @@ class MultiHeadDotProductAttention(nn.Module):
         return project_out(output)
 
 
-def _with_heads(mask: Array | None) -> Array | None:
+def _with_heads(mask: Any) -> Any:
     """`[N, M]` or `[B, N, M]` as something that broadcasts to `[B, H, N, M]`."""
-    if mask is None:
-        return None
+    if mask is None or isinstance(mask, FirstTokens):
+        return mask
     if mask.ndim not in (2, 3, 4):
         raise ValueError(f"mask has shape {mask.shape}; expected [N, N], [B, N, N] or [B, H, N, N]")
     return mask if mask.ndim == 4 else jnp.expand_dims(mask, -3)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
+from vit_interact.models.cpu import on_cpu
 from vit_interact.models.parameter import parameter
 
 
@@ -41,12 +42,14 @@ class Dense(nn.Module):
       axes: how many of the input's last axes they replace.
       use_bias: whether there is a bias.
       dtype: compute type.
+      scale: that the output is multiplied by.
     """
 
     features: int | tuple[int, ...]
     axes: int = 1
     use_bias: bool = True
     dtype: Any = jnp.float32
+    scale: float = 1.0
 
     @nn.compact
     def __call__(self, x: Float[Array, ...]) -> Float[Array, ...]:
@@ -61,7 +64,14 @@ class Dense(nn.Module):
         kernel = parameter(self, "kernel", init, shape)
         bias = parameter(self, "bias", nn.initializers.zeros, features) if self.use_bias else None
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        return dense(x, kernel, bias, self.axes)
+        if self.scale == 1.0:
+            return dense(x, kernel, bias, self.axes)
+        if on_cpu():
+            # Its compiler multiplies where it adds the bias.
+            return dense(x, kernel, bias, self.axes) * self.scale
+        # A GPU would go through all tokens once more, forward and backward.
+        bias = None if bias is None else bias * self.scale
+        return dense(x, kernel * self.scale, bias, self.axes)
 
 
 class PatchEmbedding(nn.Module):

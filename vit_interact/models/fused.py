@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -23,11 +24,23 @@ from vit_interact.models.bias import SeparableBias
 from vit_interact.models.cpu import on_cpu
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class FirstTokens:
+    """A mask that lets the first tokens alone attend and be attended to, for cuDNN.
+
+    Attributes:
+      count: of them. What others get is of no account, but finite.
+    """
+
+    count: int
+
+
 def fused_attention(
     query: Float[Array, "*B N H K"],
     key: Float[Array, "*B M H K"],
     value: Float[Array, "*B M H K"],
-    mask: Bool[Array, ...] | None = None,
+    mask: Bool[Array, ...] | FirstTokens | None = None,
     bias: SeparableBias | None = None,
     blocks: QueryBlocks | None = None,
 ) -> Float[Array, "*B N H K"]:
@@ -38,6 +51,8 @@ def fused_attention(
     NVIDIA's GPUs get cuDNN's flash attention where it knows type and width and nothing is masked;
     jax chooses it for nobody. Its derivative is of reverse mode, once.
     """
+    if isinstance(mask, FirstTokens):
+        return _cudnn_of_first(query, key, value, mask.count)
     if blocks is None:
         *batch, queries, heads, _ = query.shape
         shape = (math.prod(batch), heads, queries, key.shape[-3])
@@ -116,10 +131,17 @@ def _cudnn_of_even(query: Array, key: Array, value: Array) -> Array:
     counts = [x.shape[1] for x in whole[:2]]
     if not any(count % 2 for count in counts):
         return _cudnn(*whole).reshape(query.shape)
-    queries, keys = (jnp.full(len(whole[0]), count, jnp.int32) for count in counts)
     even = [jnp.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)]) for x in whole]
-    output = _cudnn(*even, query_seq_lengths=queries, key_value_seq_lengths=keys)
-    return output[:, : counts[0]].reshape(query.shape)
+    return _cudnn_of_first(*even, *counts)[:, : counts[0]].reshape(query.shape)
+
+
+def _cudnn_of_first(
+    query: Array, key: Array, value: Array, queries: int, keys: int | None = None
+) -> Array:
+    """Of the first tokens of `[B, N, H, K]`, an even number; zeros for the others."""
+    lengths = (jnp.full(len(query), count, jnp.int32) for count in (queries, keys or queries))
+    names = "query_seq_lengths", "key_value_seq_lengths"
+    return _cudnn(query, key, value, **dict(zip(names, lengths, strict=True)))
 
 
 def _plain_attention(

@@ -219,7 +219,7 @@ def _by_rows(
     return found[:, :rows, :, :width], statistics[:, :, :rows]
 
 
-def _stretch(program: Any, size: int, length: int) -> Any:
+def stretch(program: Any, size: int, length: int) -> Any:
     """The places of a tile; the last one ends where the array does."""
     return pl.ds(jnp.minimum(program * size, length - size), size)
 
@@ -244,7 +244,7 @@ def _attend_kernel(
     tokens: int, sizes: Sizes, exp2: Any, q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any,
     rows_ref: Any,
 ) -> None:  # fmt: skip
-    own = _stretch(pl.program_id(2), sizes.queries, q_ref.shape[0])
+    own = stretch(pl.program_id(2), sizes.queries, q_ref.shape[0])
     query = q_ref[own, :]
 
     def step(start: Any, numbers: Array, known: Array | None, carry: Any) -> Any:
@@ -277,7 +277,7 @@ def _rows_kernel(
     tokens: int, sizes: Sizes, exp2: Any, q_ref: Any, k_ref: Any, v_ref: Any, rest_ref: Any,
     rows_ref: Any,
 ) -> None:  # fmt: skip
-    own = _stretch(pl.program_id(2), sizes.queries, q_ref.shape[0])
+    own = stretch(pl.program_id(2), sizes.queries, q_ref.shape[0])
     query, shape = q_ref[own, :], (sizes.queries, sizes.keys)
 
     def largest(start: Any, numbers: Array, known: Array | None, carry: Any) -> Any:
@@ -321,8 +321,8 @@ def _map_kernel(
 ) -> None:
     sides, out_ref = dict(zip(fields, refs, strict=False)), refs[-1]
     queries, tokens = out_ref.shape
-    own = _stretch(pl.program_id(1), sizes.queries, queries)
-    keys = _stretch(pl.program_id(2), sizes.keys, tokens)
+    own = stretch(pl.program_id(1), sizes.queries, queries)
+    keys = stretch(pl.program_id(2), sizes.keys, tokens)
     numbers = lax.broadcasted_iota(jnp.int32, (sizes.queries, sizes.keys), 1) + keys.start
 
     def product(left: str, right: str, h: Any) -> Array:

@@ -18,12 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from vit_interact.models import fused
 from vit_interact.models.attention import SINKS, MultiHeadDotProductAttention, Taps
 from vit_interact.models.bias import SeparableBias
 from vit_interact.models.config import ViTConfig
 from vit_interact.models.cpu import computed_once
 from vit_interact.models.dense import Dense, PatchEmbedding
 from vit_interact.models.elementwise import ACTIVATION_FUNCTIONS, LayerNorm
+from vit_interact.models.fused import FirstTokens
 from vit_interact.models.parameter import parameter
 from vit_interact.models.winft import GivenWindows, WindowHead
 
@@ -68,7 +70,7 @@ class Block(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B N D"],
-        mask: Bool[Array, ...] | None,
+        mask: Bool[Array, ...] | FirstTokens | None,
         bias: SeparableBias | None,
         drop_path: Float[Array, ""] | float,
         train: bool,
@@ -108,7 +110,7 @@ class Block(nn.Module):
             dtype=config.dtype,
             name="MultiHeadDotProductAttention_0",
         )
-        y = _layer_norm(config, "LayerNorm_0")(x)
+        y, x = _layer_norm(config, "LayerNorm_0")(x, keep=True)
         if self.windowed:
             assert config.windows is not None
             if config.windows.kind == "given":
@@ -117,7 +119,7 @@ class Block(nn.Module):
                 head = WindowHead(config.windows, config.layout, config.heads, name="WindowHead_0")
                 mask, bias = head(y, mask, bias, sharpness)
         x = residual(x, attention(y, y, mask, bias, scales[0]), scales[0])
-        y = _layer_norm(config, "LayerNorm_1")(x)
+        y, x = _layer_norm(config, "LayerNorm_1")(x, keep=True)
         x = residual(x, MlpBlock(config, name="MlpBlock_0")(y, train), scales[1])
         return x, None
 
@@ -156,6 +158,16 @@ class Encoder(nn.Module):
         if config.norm_before_pool:
             self.encoder_norm = _layer_norm(config)
 
+    def _wants_even(self, tokens: int) -> bool:
+        """Whether layers are attended to by cuDNN, whose derivative wants an even number."""
+        config = self.config
+        plain = self.taps is None and config.windows is None and not self.is_initializing()
+        return (
+            plain
+            and tokens % 2 == 1
+            and fused.cudnn_knows(jnp.dtype(config.dtype), config.head_dim)
+        )
+
     def _tapped(self, layer: int) -> bool:
         return self.taps is not None and (self.taps.layers is None or layer in self.taps.layers)
 
@@ -170,8 +182,11 @@ class Encoder(nn.Module):
         sharpness: Float[Array, ""] | float | None = None,
     ) -> Float[Array, "B N D"]:
         """Runs blocks `first` to `last - 1`; the final norm follows only the very last block."""
-        config = self.config
+        config, tokens = self.config, x.shape[1]
         last = config.depth if last is None else last
+        if train and mask is None and bias is None and self._wants_even(tokens):
+            # One more, which nobody attends to; in each layer, cuDNN would copy all to add it.
+            x, mask = jnp.pad(x, ((0, 0), (0, 1), (0, 0))), FirstTokens(tokens)
         masks, biases = _per_layer(mask, config.depth), _per_layer(bias, config.depth)
         rates = [
             config.stochastic_depth * i / max(1, config.depth - 1) for i in range(config.depth)
@@ -184,6 +199,7 @@ class Encoder(nn.Module):
         else:
             for i in range(first, last):
                 x, _ = self.encoderblock[i](x, masks[i], biases[i], rates[i], train, sharpness)
+        x = x[:, :tokens]
         return self.encoder_norm(x) if config.norm_before_pool and last == config.depth else x
 
 

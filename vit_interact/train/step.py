@@ -17,6 +17,7 @@ from vit_interact.data.preprocess import Preprocess
 from vit_interact.models.vit import ViT
 from vit_interact.models.winft import predicted_distances, window_layers
 from vit_interact.train.evaluate import Evaluation
+from vit_interact.train.optimizer import global_norm
 from vit_interact.train.state import Running, TrainState, no_metrics
 from vit_interact.train.windows import Guide, guidance, renormalized, window_shares
 
@@ -153,7 +154,7 @@ def make_train_step(recipe: Recipe) -> Callable[..., tuple[TrainState, Running]]
         here = Running(
             loss=metrics.Average(total=figures["loss"] * count, count=count),
             accuracy=metrics.Average(total=figures["accuracy"] * count, count=count),
-            grad_norm=metrics.Average(total=optax.tree.norm(grads), count=one),
+            grad_norm=metrics.Average(total=global_norm(grads), count=one),
             unread=metrics.Average(
                 total=jnp.sum(1.0 - batch["mask"].astype(jnp.float32)), count=one
             ),
