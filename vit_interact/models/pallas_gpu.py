@@ -336,9 +336,11 @@ def _map_kernel(
         numbers,
         functools.partial(exp2, interpret),
         logits=lambda h: product("query", "key", h),
-        rows=lambda h, column: sides["rows"][h, own, pl.ds(column, 1)],
-        ends=lambda h, column: sides["ends"][h, own, pl.ds(column, 1)],
+        # One axis is loaded and the other put beside it: Triton loads `[M, 1]` as `[M, N]`, each
+        # number as often as it is needed, which took longer than all the rest.
+        rows=lambda h, column: sides["rows"][h, own, column][:, None],
+        ends=lambda h, column: sides["ends"][h, own, column][:, None],
         cross=cross,
-        own=lambda h: sides["own"][h, pl.ds(0, 1), keys],
+        own=lambda h: sides["own"][h, 0, keys][None, :],
     )
     out_ref[own, keys] = whole_tile(name, sides["query"].shape[1], tile)
