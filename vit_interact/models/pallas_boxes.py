@@ -342,7 +342,8 @@ def _forward_kernel(tiles: _Tiles, exp2: Any, plan: Any, windows: Any, *refs: An
 def _queries_kernel(tiles: _Tiles, exp2: Any, plan: Any, windows: Any, *refs: Any) -> None:
     q_ref, k_ref, v_ref, g_ref, log_ref, along_ref, out_ref = refs
     *_, own = mine = _own(tiles)
-    query, grad, log, along = (x[own, :] for x in (q_ref, g_ref, log_ref, along_ref))
+    query, grad = q_ref[own, :], g_ref[own, :]
+    log, along = (x[own, 0][:, None] for x in (log_ref, along_ref))  # not [M, 1]: see pallas_gpu.py
 
     def step(keys: Array, penalty: Array | None, total: Array) -> Array:
         key = k_ref[keys, :]
@@ -363,7 +364,8 @@ def _keys_kernel(tiles: _Tiles, exp2: Any, plan: Any, windows: Any, *refs: Any) 
     def step(queries: Array, penalty: Array, carry: Any) -> Any:
         # Weights are turned round for the last products only: along rows of a tile, a thread holds
         # two queries' windows and sums; along columns it would have to load those of sixteen.
-        query, grad, log, along = (x[queries, :] for x in (q_ref, g_ref, log_ref, along_ref))
+        query, grad = q_ref[queries, :], g_ref[queries, :]
+        log, along = (x[queries, 0][:, None] for x in (log_ref, along_ref))
         weights = exp2(_logits(query, key, penalty) * LOG2_E - log)
         slope = weights * (dot(grad, value) - along)
         of_key, of_value = carry
