@@ -177,11 +177,7 @@ def _windows_of_maps(
     chunk_bytes: int,
     at_once: bool,
 ) -> Int32[Array, "maps W Q R 4"]:
-    """All windows of all maps, one chunk of maps after the other.
-
-    `at_once` does without loops whose length depends on what is found: a GPU waits for the host at
-    each step of such a loop, which took it twice as long as all of the search.
-    """
+    """All windows of all maps, one chunk of maps after the other."""
     lanes = math.comb(layout.rows + 2, 3)
     map_bytes = 4 * (3 * lanes * (layout.cols + 1) + math.prod(maps.shape[1:]))
     chunks = max(1, math.ceil(len(maps) / max(1, chunk_bytes // map_bytes)))
@@ -191,10 +187,9 @@ def _windows_of_maps(
     def chunk(index: Array) -> Array:
         # The last chunk starts early enough to be full: its first maps are done twice.
         of_chunk = lax.dynamic_slice_in_dim(maps, jnp.minimum(index * size, last), size)
-        search = partial(
-            _windows_of_map, cols=cols, layout=layout, coverages=coverages, axis=axis,
-            at_once=at_once,
-        )  # fmt: skip
+        if at_once:
+            return _windows_at_once(of_chunk, cols, layout, coverages, axis)
+        search = partial(_windows_of_map, cols=cols, layout=layout, coverages=coverages, axis=axis)
         return jax.vmap(search)(of_chunk)
 
     windows = lax.map(chunk, jnp.arange(chunks, dtype=jnp.int32))
@@ -231,30 +226,74 @@ def _windows_of_map(
     layout: TokenLayout,
     coverages: tuple[float, ...],
     axis: int,
-    at_once: bool,
 ) -> Int32[Array, "W Q R 4"]:
     """All windows of one map, one column of queries after the other."""
-    rows = layout.rows
-    bands = _Bands(rows)
-    wanted = jnp.asarray(coverages, jnp.float32) - TOLERANCE
-    above, before = (np.tri(n + 1, n, -1, dtype=np.float32) for n in (rows, layout.cols))
+    bands = _Bands(layout.rows)
 
     def column(place: Array) -> Array:
-        col = cols[place]
         of_column = lax.dynamic_index_in_dim(indicator, place, axis, keepdims=False)
-        grid = unit_rows(of_column)[0].reshape(rows, rows, layout.cols)
-        prefix = jnp.einsum(
-            "qrc,kc,br->kqb", grid, before, above, precision=lax.Precision.HIGHEST
-        ).reshape(layout.cols + 1, -1)
+        prefix, total = _prefix_sums(of_column, layout)
         band = prefix[:, bands.lower] - prefix[:, bands.upper]
-        total = prefix[-1].reshape(rows, rows + 1)[:, -1]
-        heaviest = (_heaviest_of_all if at_once else _heaviest_boxes)(band, col)
-        # No more is demanded than the row holds: rounded sums may stay below 1, and rows of zeros
-        # have their 1x1 box by this too.
-        pick = partial(_first_smallest_box, band, heaviest, col, bands, at_once)
-        return jax.vmap(pick)(jnp.minimum(wanted[:, None], total))
+        heaviest = _heaviest_boxes(band, cols[place])
+        return _pick(band, heaviest, total, cols[place], bands, coverages, False)
 
     return lax.map(column, jnp.arange(len(cols), dtype=jnp.int32))
+
+
+def _windows_at_once(
+    maps: Float[Array, "maps _ _ P"],
+    cols: Int32[Array, " W"],
+    layout: TokenLayout,
+    coverages: tuple[float, ...],
+    axis: int,
+) -> Int32[Array, "maps W Q R 4"]:
+    """`_windows_of_map` of several, without loops whose length depends on what is found.
+
+    At each step of such a loop a GPU waits for the host. Maps are the last axis of all large
+    arrays, which its threads go along.
+    """
+    bands = _Bands(layout.rows)
+
+    def column(place: Array) -> Array:
+        of_column = lax.dynamic_index_in_dim(maps, place, axis + 1, keepdims=False)
+        sums = jax.vmap(lambda one: _prefix_sums(one, layout), out_axes=-1)
+        prefix, total = sums(of_column)
+        band = prefix[:, bands.lower] - prefix[:, bands.upper]
+        heaviest = _heaviest_of_all(band, cols[place])
+        pick = partial(_pick, col=cols[place], bands=bands, coverages=coverages, at_once=True)
+        return jax.vmap(pick, in_axes=-1)(band, heaviest, total)
+
+    found = lax.map(column, jnp.arange(len(cols), dtype=jnp.int32))
+    return jnp.moveaxis(found, 0, 1)
+
+
+def _prefix_sums(
+    of_column: Float[Array, "R P"], layout: TokenLayout
+) -> tuple[Float[Array, "K lines"], Float[Array, " R"]]:
+    """Mass left of each column and above each row, for each query of a column; and of the rows."""
+    rows, cols = layout.rows, layout.cols
+    above, before = (np.tri(n + 1, n, -1, dtype=np.float32) for n in (rows, cols))
+    grid = unit_rows(of_column)[0].reshape(rows, rows, cols)
+    exact = lax.Precision.HIGHEST
+    prefix = jnp.einsum("qrc,kc,br->kqb", grid, before, above, precision=exact)
+    return prefix.reshape(cols + 1, -1), prefix[-1, :, -1]
+
+
+def _pick(
+    band: Float[Array, "K lanes"],
+    heaviest: Float[Array, "C lanes"],
+    total: Float[Array, " R"],
+    col: Int32[Array, ""],
+    bands: _Bands,
+    coverages: tuple[float, ...],
+    at_once: bool,
+) -> Int32[Array, "Q R 4"]:
+    """The windows of each coverage."""
+    # No more is demanded than the row holds: rounded sums may stay below 1, and rows of zeros have
+    # their 1x1 box by this too.
+    wanted = jnp.asarray(coverages, jnp.float32)[:, None] - TOLERANCE
+    pick = partial(_first_smallest_box, band, heaviest, col, bands, at_once)
+    return jax.vmap(pick)(jnp.minimum(wanted, total))
 
 
 def _heaviest_boxes(
@@ -279,15 +318,18 @@ def _heaviest_boxes(
 
 
 def _heaviest_of_all(
-    band: Float[Array, "K lanes"], col: Int32[Array, ""]
-) -> Float[Array, "C lanes"]:
-    """`_heaviest_boxes` by one maximum over all lefts, most of which do not hold the column."""
+    band: Float[Array, "K lanes maps"], col: Int32[Array, ""]
+) -> Float[Array, "C lanes maps"]:
+    """`_heaviest_boxes` of several maps, by one kernel, most of whose boxes count for nothing."""
     cols = band.shape[0] - 1
-    lefts = np.arange(cols, dtype=np.int32)
-    rights = lefts + np.arange(1, cols + 1, dtype=np.int32)[:, None]
-    holds = (lefts <= col) & (col < rights) & (rights <= cols)
-    mass = band[np.minimum(rights, cols)] - band[lefts]
-    return jnp.where(holds[..., None], mass, -jnp.inf).max(axis=1)
+    lefts, widths = np.mgrid[:cols, 1 : cols + 1].astype(np.int32)
+    holds = ((lefts <= col) & (col < lefts + widths))[..., None, None]
+    largest = jnp.full((cols, *band.shape[1:]), -jnp.inf)
+    for left in range(cols):
+        mass = jnp.where(holds[left, : cols - left], band[left + 1 :] - band[left], -jnp.inf)
+        filled = jnp.pad(mass, ((0, left), (0, 0), (0, 0)), constant_values=-jnp.inf)
+        largest = jnp.maximum(largest, filled)
+    return largest
 
 
 def _first_smallest_box(
