@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
+from vit_interact.models import pallas_elementwise
 from vit_interact.models.cpu import on_cpu
+from vit_interact.models.elementwise import ACTIVATION_FUNCTIONS
 from vit_interact.models.parameter import parameter
 
 
@@ -43,6 +45,7 @@ class Dense(nn.Module):
       use_bias: whether there is a bias.
       dtype: compute type.
       scale: that the output is multiplied by.
+      activation: name of a GELU of the output.
     """
 
     features: int | tuple[int, ...]
@@ -50,6 +53,7 @@ class Dense(nn.Module):
     use_bias: bool = True
     dtype: Any = jnp.float32
     scale: float = 1.0
+    activation: str | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, ...]) -> Float[Array, ...]:
@@ -64,6 +68,8 @@ class Dense(nn.Module):
         kernel = parameter(self, "kernel", init, shape)
         bias = parameter(self, "bias", nn.initializers.zeros, features) if self.use_bias else None
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        if self.activation is not None:
+            return self._activated(x, kernel, bias)
         if self.scale == 1.0:
             return dense(x, kernel, bias, self.axes)
         if on_cpu():
@@ -72,6 +78,18 @@ class Dense(nn.Module):
         # A GPU would go through all tokens once more, forward and backward.
         bias = None if bias is None else bias * self.scale
         return dense(x, kernel * self.scale, bias, self.axes)
+
+    def _activated(self, x: Array, kernel: Array, bias: Array | None) -> Array:
+        kept = x.shape[: x.ndim - self.axes]
+        found = jax.ShapeDtypeStruct((*kept, math.prod(kernel.shape[self.axes :])), x.dtype)
+        if (
+            self.activation == "gelu"
+            and bias is not None
+            and pallas_elementwise.pays(found, x.dtype)
+        ):
+            product = dense(x, kernel, None, self.axes)
+            return pallas_elementwise.gelu_of_sum(product, bias)
+        return ACTIVATION_FUNCTIONS[self.activation](dense(x, kernel, bias, self.axes))
 
 
 class PatchEmbedding(nn.Module):

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from vit_interact.models import pallas_norm
+from vit_interact.models import pallas_elementwise
+from vit_interact.models.half_erf import half_erf
 from vit_interact.models.parameter import parameter
 
 Elementwise = Callable[[Array], Array]
@@ -44,31 +45,13 @@ def _with_slope(value: Elementwise, slope: Elementwise) -> Elementwise:
     return jax.jit(function)
 
 
-# `erf(x / sqrt(2)) / 2` for |x| up to 4, where it is 1/2, as a polynomial in the odd powers of `x`
-# (least squares, weighted until the largest errors of `x` times it were alike). GELU is then good
-# to 2.1e-4, its derivative to 7e-5.
-_ODD = (
-    0.39870618, -0.0658932443, 0.00950616847, -0.00100656975,
-    7.4860673e-05, -3.65738933e-06, 1.04202711e-07, -1.30136863e-09,
-)  # fmt: skip
-
-
-def _half_erf(x: Array) -> Array:
-    """`erf(x / sqrt(2)) / 2`; of 16-bit numbers a GPU waits for `erf`, not for memory."""
-    if jnp.finfo(x.dtype).bits > 16:
-        return 0.5 * lax.erf(x * 0.5**0.5)
-    near = jnp.clip(x.astype(jnp.float32), -4.0, 4.0)
-    square = jnp.square(near)
-    return near * functools.reduce(lambda sum_, factor: sum_ * square + factor, reversed(_ODD))
-
-
 def _erf_value(x: Array) -> Array:
-    return (x * (0.5 + _half_erf(x))).astype(x.dtype)
+    return (x * (0.5 + half_erf(x))).astype(x.dtype)
 
 
 def _erf_slope(x: Array) -> Array:
     density = jnp.exp(-0.5 * jnp.square(x)) * (0.5 / jnp.pi) ** 0.5
-    return (0.5 - _half_erf(-x) + x * density).astype(x.dtype)
+    return (0.5 - half_erf(-x) + x * density).astype(x.dtype)
 
 
 def _tanh_slope(x: Array) -> Array:
@@ -159,8 +142,8 @@ class LayerNorm(nn.Module):
         width = x.shape[-1:]
         scale = parameter(self, "scale", nn.initializers.ones, width, jnp.float32)
         bias = parameter(self, "bias", nn.initializers.zeros, width, jnp.float32)
-        if keep and pallas_norm.pays(x, self.dtype):
-            return pallas_norm.norm_and_tokens(x, scale, bias, self.epsilon)
+        if keep and pallas_elementwise.pays(x, self.dtype):
+            return pallas_elementwise.norm_and_tokens(x, scale, bias, self.epsilon)
         # XLA's CPU takes four times as long for the derivative of one image's `[1, N, D]`.
         alone = x.reshape(x.shape[1:]) if x.ndim > 2 and len(x) == 1 else x
         wide = alone.astype(jnp.promote_types(x.dtype, jnp.float32))

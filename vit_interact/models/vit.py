@@ -49,12 +49,11 @@ class MlpBlock(nn.Module):
         """Applies the MLP to every token."""
         config, width = self.config, x.shape[-1]
         hidden = config.mlp_dim * (2 if config.swiglu else 1)
-        x = Dense(hidden, dtype=config.dtype, name="Dense_0")(x)
+        activation = None if config.swiglu else config.activation
+        x = Dense(hidden, dtype=config.dtype, activation=activation, name="Dense_0")(x)
         if config.swiglu:
             gate, x = jnp.split(x, 2, axis=-1)
             x = ACTIVATION_FUNCTIONS["silu"](gate) * x
-        else:
-            x = ACTIVATION_FUNCTIONS[config.activation](x)
         x = nn.Dropout(config.dropout)(x, deterministic=not train)
         return Dense(width, dtype=config.dtype, name="Dense_1")(x)
 
