@@ -12,7 +12,7 @@ FAR = 4.0
 """From here on it is 1/2, to 3e-5."""
 
 ODD = (
-    0.39870618, -0.0658932443, 0.00950616847, -0.00100656975,
+    0.39870573, -0.0658932443, 0.00950616847, -0.00100656975,
     7.4860673e-05, -3.65738933e-06, 1.04202711e-07, -1.30136863e-09,
 )  # fmt: skip
 """Factors of the odd powers of `x` up to `FAR`: least squares, weighted until the largest errors of
