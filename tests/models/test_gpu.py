@@ -13,11 +13,13 @@ import pytest
 import vit_interact as vi
 from tests.models.test_tiled import MAPS, close, in_tiles, layer, whole
 from tests.models.windowed import both, boxes, masked
+from vit_interact.interactions import smallest_windows, windows
 from vit_interact.layout import TokenLayout
+from vit_interact.models import pallas_elementwise
 from vit_interact.models.attend import Tiles, explicit_attention
 from vit_interact.models.config import ViTConfig
 from vit_interact.models.fused import fused_attention
-from vit_interact.models.vit import ViT
+from vit_interact.models.vit import Encoder, ViT
 from vit_interact.models.window_attention import window_attention
 
 pytestmark = [
@@ -111,3 +113,45 @@ def test_kernels_of_windows_equal_a_mask(layout, dtype):
     close(found.astype(jnp.float32), expected, tolerance)
     for a, b in zip(of_found, of_expected, strict=True):
         close(a.astype(jnp.float32), b, 2 * tolerance)
+
+
+def test_training_by_kernels_is_as_far_from_float32_as_without(monkeypatch):
+    """LayerNorm's and GELU's kernels, one token more and queries scaled by their kernel."""
+    wide, narrow = (
+        ViT(ViTConfig((224, 224), (16, 16), depth=2, width=384, heads=6, num_classes=9, dtype=t))
+        for t in ("float32", "bfloat16")
+    )
+    images = jax.random.normal(jax.random.key(1), (8, 224, 224, 3))
+    params = wide.init(jax.random.key(0), images)["params"]
+
+    def slopes(model):
+        def score(params):
+            logits = model.apply({"params": params}, images, train=True)
+            return jnp.sum(jnp.sin(logits.astype(jnp.float32)))
+
+        jax.clear_caches()
+        program = jax.jit(jax.grad(score)).lower(params).compile()
+        found = jnp.concatenate([x.ravel() for x in jax.tree.leaves(program(params))])
+        return np.asarray(found), program.as_text()
+
+    expected, _ = slopes(wide)
+    found, text = slopes(narrow)
+    for name in ("norm", "norm_backward", "gelu", "gelu_backward"):
+        assert f"vit_interact_{name}" in text
+    monkeypatch.setattr(pallas_elementwise, "pays", lambda *_: False)
+    monkeypatch.setattr(Encoder, "_wants_even", lambda *_: False)
+    without, text = slopes(narrow)
+    assert "vit_interact_" not in text
+    error, of_without = (np.linalg.norm(x - expected) for x in (found, without))
+    assert error < 1.2 * of_without < 0.1 * np.linalg.norm(expected)
+
+
+def test_windows_are_those_that_a_cpu_finds():
+    layout = TokenLayout(14, 14)
+    maps = jax.random.uniform(jax.random.key(0), (5, 196, 196)) ** 4
+    found = smallest_windows(maps, layout, (0.5, 0.9))
+    here = jnp.asarray(np.asarray(maps).reshape(-1, 14, 14, 196))
+    cols = jnp.arange(14)
+    by_loops = windows._windows_of_maps(here, cols, layout, (0.5, 0.9), 1, 2**22, False)
+    by_loops = by_loops.transpose(2, 0, 3, 1, 4).reshape(found.shape)
+    np.testing.assert_array_equal(found, by_loops)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 import vit_interact as vi
 from tests.train import tiny
 from vit_interact.models.config import ViTConfig, WindowConfig
-from vit_interact.train import speed
+from vit_interact.train import optimizer, speed
 from vit_interact.train.config import (
     as_json,
     check_config,
@@ -175,6 +175,23 @@ def test_update_rules_are_optax_s_own(name):
             own = optax.apply_updates(own, updates)
         found.append(own["head"]["kernel"])
     np.testing.assert_allclose(*found, rtol=1e-6)
+
+
+@pytest.mark.parametrize("clip", [0.5, 50.0])
+def test_one_norm_for_leaves_of_one_shape(clip, monkeypatch):
+    """On accelerators; clipping by it is optax's."""
+    monkeypatch.setattr(optimizer, "on_cpu", lambda: False)
+    shapes = {"a": (3, 4), "b": (3, 4), "c": (5,), "d": (), "e": (5,)}
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    grads = {n: jax.random.normal(k, s) for (n, s), k in zip(shapes.items(), keys, strict=True)}
+    np.testing.assert_allclose(optimizer.global_norm(grads), optax.tree.norm(grads), rtol=1e-6)
+    reductions = str(jax.make_jaxpr(optimizer.global_norm)(grads)).count("reduce_sum")
+    assert reductions == len(set(shapes.values()))
+    theirs = optax.clip_by_global_norm(clip)
+    ours = optimizer._clip_by_norm(clip)
+    assert ours.init(grads) == theirs.init(grads)  # checkpoints fit
+    found, expected = (rule.update(grads, rule.init(grads))[0] for rule in (ours, theirs))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
 
 
 def test_where_parameters_lie():
