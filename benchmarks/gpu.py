@@ -260,14 +260,20 @@ def _training(folder: str, pool: ThreadPoolExecutor) -> list[Group]:
         group = Group(f"training, {name}, 224 pixels, batch {batch}", batch)
 
         step, state, data, of_model = training.step_program(config, model, source, mesh, preprocess)
-        group.add(pool, "step", step, state, data, call=training.repeated)
+        group.add(pool, "step", step, state, *data, call=training.repeated)
         for less, change in ({} if groups else without()).items():
             again = jax.jit(lambda *args, step=step: step.__wrapped__(*args), donate_argnums=0)
             copy = jax.tree.map(jnp.copy, state)
             with change:
                 # Or jax would find what it has traced already.
                 jax.clear_caches()
-                group.add(pool, f"step, {less}", again, copy, data, call=training.repeated)
+                group.add(pool, f"step, {less}", again, copy, *data, call=training.repeated)
+        if not groups:
+            kept = config.copy_and_resolve_references()
+            kept.augment.where = kept.data.cache = "device"
+            program = training.step_program(kept, model, source, mesh, preprocess)
+            what = "step, pictures kept, cropped and flipped on the device"
+            group.add(pool, what, *program[:2], *program[2], call=training.repeated)
         group.flops = dict.fromkeys(group.compiled, step_flops(of_model))
         if not groups:
             feed = EvalFeed(source, config, mesh, preprocess)

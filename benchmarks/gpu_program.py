@@ -136,11 +136,12 @@ def main() -> None:
         model = vi.create_model(
             options.model, num_classes=101, dtype="bfloat16", depth=options.depth
         )
-        step, *arguments, _ = training.step_program(
+        step, state, data, _ = training.step_program(
             config, model, Inputs(config).train, make_mesh(), Preprocess(model.config.image_size)
         )
     shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype, sharding=place), arguments
+        lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype, sharding=place),
+        (state, *data),
     )
     for name, change in {"as it is": contextlib.nullcontext(), **without()}.items():
         with change, _as_on_a_gpu():

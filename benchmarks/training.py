@@ -178,16 +178,16 @@ def _step(
     config: Any, model: ViT, source: Any, mesh: Any, preprocess: Preprocess
 ) -> tuple[Callable[[], Any], Any]:
     """A call that trains on one batch again and again, and the model's config."""
-    step, state, batch, of_model = step_program(config, model, source, mesh, preprocess)
-    return repeated(step, state, batch), of_model
+    step, state, data, of_model = step_program(config, model, source, mesh, preprocess)
+    return repeated(step, state, *data), of_model
 
 
-def repeated(step: Callable[..., Any], state: Any, batch: Any) -> Callable[[], Any]:
+def repeated(step: Callable[..., Any], state: Any, *data: Any) -> Callable[[], Any]:
     """A call that makes one more step; it gives the new state, which the next call uses up."""
     latest = [state]
 
     def call() -> Any:
-        latest[0], _ = step(latest[0], batch)
+        latest[0], _ = step(latest[0], *data)
         return latest[0]
 
     return call
@@ -196,7 +196,7 @@ def repeated(step: Callable[..., Any], state: Any, batch: Any) -> Callable[[], A
 def step_program(
     config: Any, model: ViT, source: Any, mesh: Any, preprocess: Preprocess
 ) -> tuple[Any, Any, Any, Any]:
-    """The jitted step, a state that it uses up, a batch, and the model's config."""
+    """The jitted step, a state that it uses up, a batch and pictures kept, the model's config."""
     plan = plan_windows(config, model, None, 1000)
     model, shapes = plan.model, param_shapes(plan.model)
     schedule = make_schedule(config.schedule, 1000, 100.0)
@@ -209,8 +209,8 @@ def step_program(
     step = jax.jit(make_train_step(recipe), donate_argnums=0)
     state = create_state(model, rule, mesh, 0, running=recipe.nothing())
     size = tuple(config.model.image_size)
-    batch = next(Feed(source, config, mesh, size).batches(range(1)))
-    return step, state, batch, model.config
+    feed = Feed(source, config, mesh, size)
+    return step, state, (next(feed.batches(range(1))), feed.store), model.config
 
 
 def peer_step(model: ViT, config: Any) -> Callable[[], Any]:
