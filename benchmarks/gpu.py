@@ -1,6 +1,7 @@
 """What a GPU is asked for: indicators, windows and training, in one process.
 
     python -m benchmarks.gpu [--json] [--no-peer] [--minutes 5] [--parts windows,training]
+        [--batch-size 1024]
 
 One process of a few minutes, in bfloat16: XLA's and PyTorch's compilers for a GPU take most of a
 benchmark's time, so that programs of a part are traced first and compiled side by side, without
@@ -47,7 +48,7 @@ _MODELS = (
     ("vit_b16", 64, ("attention",)),
     ("vit_s14@518", 16, ("attention", "leave_one_out", "edge")),
 )
-_TRAINED = (("vit_s16", 256), ("vit_b16", 256), ("vit_s16", 1024), ("vit_b16", 1024))
+_TRAINED = ("vit_s16", "vit_b16")
 _FLAG = "--xla_gpu_enable_triton_gemm=false"
 _PARTS = ("indicators", "windows", "training", "data")
 
@@ -128,6 +129,7 @@ def main() -> None:
         "--minutes", type=float, default=10.0, help="after which PyTorch is left out"
     )
     parser.add_argument("--parts", type=common.some_of(_PARTS), default=list(_PARTS))
+    parser.add_argument("--batch-size", type=int, default=256, help="images of a training step")
     common.add_no_peer(parser)
     options = parser.parse_args()
     peer = common.has_peer(options)
@@ -150,7 +152,7 @@ def _run(
     end = time.monotonic() + 60 * options.minutes
     makers: dict[str, Callable[..., list[Group]]] = {
         "indicators": _indicators, "windows": _windows,
-        "training": functools.partial(_training, folder),
+        "training": functools.partial(_training, folder, options.batch_size),
     }  # fmt: skip
     groups: list[Group] = []
     for part in [part for part in makers if part in options.parts]:
@@ -162,12 +164,10 @@ def _run(
         for group in groups:
             group.measure(report, options.repeats)
     if "data" in options.parts:
-        _data(report, folder)
-    for group, (name, batch) in zip(
-        groups if "training" in options.parts else (), _TRAINED, strict=False
-    ):
-        if peer and batch == 256 and time.monotonic() < end:
-            _add_peer(report, group, name, batch, options.repeats)
+        _data(report, folder, options)
+    for group, name in zip(groups if "training" in options.parts else (), _TRAINED, strict=False):
+        if peer and time.monotonic() < end:
+            _add_peer(report, group, name, options)
 
 
 def _indicators(pool: ThreadPoolExecutor) -> list[Group]:
@@ -240,20 +240,18 @@ def _windows(pool: ThreadPoolExecutor) -> list[Group]:
     return groups
 
 
-def _data(report: common.Report, folder: str) -> None:
+def _data(report: common.Report, folder: str, options: Any) -> None:
     """Images a second of the trainer's data path alone, for what the first model trains on."""
-    name, batch = _TRAINED[0]
-    options = argparse.Namespace(batch_size=batch, model=name, dtype="bfloat16", size=224)
-    config = training.make_config(options, training.photographs(batch, folder))
+    name, batch = _TRAINED[0], options.batch_size
+    config = training.make_config(_settings(name, batch), training.photographs(batch, folder))
     for row in training.data_path(config, repeats=3):
         report.add(group=f"data path alone, 224 pixels, batch {batch}", **row)
 
 
-def _training(folder: str, pool: ThreadPoolExecutor) -> list[Group]:
+def _training(folder: str, batch: int, pool: ThreadPoolExecutor) -> list[Group]:
     groups, mesh = [], make_mesh()
-    for name, batch in _TRAINED:
-        options = argparse.Namespace(batch_size=batch, model=name, dtype="bfloat16", size=224)
-        config = training.make_config(options, training.photographs(batch, folder))
+    for name in _TRAINED:
+        config = training.make_config(_settings(name, batch), training.photographs(batch, folder))
         config.augment.where, config.data.workers = "host", 0
         model = vi.create_model(name, num_classes=101, dtype="bfloat16")
         source, preprocess = Inputs(config).train, Preprocess(size=model.config.image_size)
@@ -290,15 +288,19 @@ def _training(folder: str, pool: ThreadPoolExecutor) -> list[Group]:
     return groups
 
 
-def _add_peer(report: common.Report, group: Group, name: str, batch: int, repeats: int) -> None:
+def _settings(name: str, batch: int) -> argparse.Namespace:
+    return argparse.Namespace(batch_size=batch, model=name, dtype="bfloat16", size=224)
+
+
+def _add_peer(report: common.Report, group: Group, name: str, options: argparse.Namespace) -> None:
     """The step by turns with PyTorch's."""
-    options = argparse.Namespace(batch_size=batch, model=name, dtype="bfloat16", size=224)
-    config = training.make_config(options, ".")
+    batch = options.batch_size
+    config = training.make_config(_settings(name, batch), ".")
     model = vi.create_model(name, num_classes=101, dtype="bfloat16")
     pair = Group(f"{group.name}, beside PyTorch", batch)
     pair.calls = {"step": group.calls["step"], "PyTorch's": training.peer_step(model, config)}
     pair.flops = dict.fromkeys(pair.calls, step_flops(model.config))
-    pair.measure(report, repeats)
+    pair.measure(report, options.repeats)
 
 
 if __name__ == "__main__":
