@@ -22,7 +22,6 @@ from vit_interact.models.tile_maps import (
     LOG,
     LOG2_E,
     LOWEST,
-    MAPS,
     REST,
     WHICH,
     MapSides,
@@ -31,9 +30,9 @@ from vit_interact.models.tile_maps import (
     halves,
     pad_to,
     pad_width,
+    whole_tile,
 )
 
-_ENOUGH = 396  # programs that a large GPU works on at a time: three to each of 132 processors
 _SMALLEST = 16  # sides of a product, of what a tensor core takes
 
 
@@ -111,14 +110,12 @@ def _write_map(
         given |= {f"left{number}": part for number, part in enumerate(parts)}
     place = pl.BlockSpec((None, None, queries, keys), lambda b, i, j: (layer, b, 0, 0))
     before = [] if stack is None else [stack]
-    rows, tiles = pl.cdiv(queries, sizes.queries), pl.cdiv(keys, sizes.keys)
-    turns = pl.cdiv(tiles, min(tiles, pl.cdiv(_ENOUGH, batch * rows)))
     return call(
-        functools.partial(_map_kernel, name, tuple(given), sizes, turns, interpret),
+        functools.partial(_map_kernel, name, tuple(given), sizes, interpret),
         sizes,
         name,
         interpret,
-        grid=(batch, rows, pl.cdiv(tiles, turns)),
+        grid=(batch, pl.cdiv(queries, sizes.queries), pl.cdiv(keys, sizes.keys)),
         in_specs=[*(of_image(array) for array in given.values()), *(place for _ in before)],
         out_specs=place,
         out_shape=jax.ShapeDtypeStruct((count, batch, queries, keys), jnp.float32),
@@ -320,54 +317,30 @@ def _rows_kernel(
 
 
 def _map_kernel(
-    name: str, fields: tuple[str, ...], sizes: Sizes, turns: int, interpret: bool, *refs: Any
+    name: str, fields: tuple[str, ...], sizes: Sizes, interpret: bool, *refs: Any
 ) -> None:
-    """Makes `turns` tiles side by side: while one is written, the next is on its way."""
     sides, out_ref = dict(zip(fields, refs, strict=False)), refs[-1]
     queries, tokens = out_ref.shape
-    heads, tiles = sides["query"].shape[1], pl.cdiv(tokens, sizes.keys)
     own = stretch(pl.program_id(1), sizes.queries, queries)
-    first_tile = pl.program_id(2) * turns
-
-    def step(n: Any, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-        turn = lax.div(n, heads)
-        h = n - turn * heads
-        place = jnp.minimum(first_tile + turn, tiles - 1)
-        keys = stretch(place, sizes.keys, tokens)
-        tile = _tile(sides, own, keys, interpret)
-        add_head, _, finish = MAPS[name](heads, tile)
-        carry = add_head(h, tuple(jnp.where(h == 0, 0.0, one) for one in carry))
-
-        @pl.when(h == heads - 1)
-        def _() -> None:
-            out_ref[own, keys] = finish(*carry)
-
-        return carry
-
-    first = _tile(sides, own, pl.ds(0, sizes.keys), interpret)
-    count = MAPS[name](heads, first)[1]
-    zeros = jnp.zeros((sizes.queries, sizes.keys), jnp.float32)
-    lax.fori_loop(0, turns * heads, step, (zeros,) * count)
-
-
-def _tile(sides: dict[str, Any], own: Any, keys: Any, interpret: bool) -> Tile:
-    """What a tile is made from, loaded for each head when it is asked for."""
+    keys = stretch(pl.program_id(2), sizes.keys, tokens)
+    numbers = lax.broadcasted_iota(jnp.int32, (sizes.queries, sizes.keys), 1) + keys.start
 
     def product(left: str, right: str, h: Any) -> Array:
         return dot(sides[left][own, h, :], sides[right][keys, h, :])
 
     def cross(h: Any) -> Array:
-        parts = [product(field, "value", h) for field in sides if field.startswith("left")]
+        parts = [product(field, "value", h) for field in fields if field.startswith("left")]
         return functools.reduce(jnp.add, parts)
 
-    shape = (own.size, keys.size)
-    return Tile(
-        lax.broadcasted_iota(jnp.int32, shape, 1) + keys.start,
+    tile = Tile(
+        numbers,
         functools.partial(exp2, interpret),
         logits=lambda h: product("query", "key", h),
-        # One axis is loaded and the other put beside it: Triton loads `[M, 1]` as `[M, N]`.
+        # One axis is loaded and the other put beside it: Triton loads `[M, 1]` as `[M, N]`, each
+        # number as often as it is needed, which took longer than all the rest.
         rows=lambda h, column: sides["rows"][h, own, column][:, None],
         ends=lambda h, column: sides["ends"][h, own, column][:, None],
         cross=cross,
         own=lambda h: sides["own"][h, 0, keys][None, :],
     )
+    out_ref[own, keys] = whole_tile(name, sides["query"].shape[1], tile)
