@@ -32,7 +32,7 @@ import vit_interact as vi
 from benchmarks import common, indicators, training, windows_attention
 from vit_interact.data.preprocess import Preprocess
 from vit_interact.layout import TokenLayout
-from vit_interact.models import pallas_elementwise
+from vit_interact.models import gpu
 from vit_interact.models.vit import Encoder
 from vit_interact.train.alongside import Alongside
 from vit_interact.train.inputs import EvalFeed, Inputs
@@ -56,9 +56,7 @@ _PARTS = ("indicators", "windows", "training", "data")
 def without() -> dict[str, AbstractContextManager[Any]]:
     """By name, what takes one thing away from training while a program is traced."""
     return {
-        "LayerNorm and GELU by XLA": mock.patch.object(
-            pallas_elementwise, "pays", lambda *_: False
-        ),
+        "LayerNorm and GELU by XLA": mock.patch.object(gpu, "kernels_pay", lambda *_: False),
         "an odd number of tokens": mock.patch.object(Encoder, "_wants_even", lambda *_: False),
     }
 

@@ -15,7 +15,7 @@ from tests.models.test_tiled import MAPS, close, in_tiles, layer, whole
 from tests.models.windowed import both, boxes, masked
 from vit_interact.interactions import smallest_windows, windows
 from vit_interact.layout import TokenLayout
-from vit_interact.models import pallas_elementwise
+from vit_interact.models import gpu
 from vit_interact.models.attend import Tiles, explicit_attention
 from vit_interact.models.config import ViTConfig
 from vit_interact.models.fused import fused_attention
@@ -138,7 +138,7 @@ def test_training_by_kernels_is_as_far_from_float32_as_without(monkeypatch):
     found, text = slopes(narrow)
     for name in ("norm", "norm_backward", "gelu", "gelu_backward"):
         assert f"vit_interact_{name}" in text
-    monkeypatch.setattr(pallas_elementwise, "pays", lambda *_: False)
+    monkeypatch.setattr(gpu, "kernels_pay", lambda *_: False)
     monkeypatch.setattr(Encoder, "_wants_even", lambda *_: False)
     without, text = slopes(narrow)
     assert "vit_interact_" not in text

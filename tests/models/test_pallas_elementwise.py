@@ -11,7 +11,8 @@ import pytest
 
 from tests.models.helpers import lowered
 from tests.models.layers import close
-from vit_interact.models import dense, elementwise, fused, pallas_elementwise
+from vit_interact import models
+from vit_interact.models import dense, fused, gpu, pallas_elementwise
 from vit_interact.models.config import ViTConfig
 from vit_interact.models.elementwise import LayerNorm, standardise
 from vit_interact.models.half_erf import half_erf
@@ -119,12 +120,11 @@ def test_a_model_learns_the_same_by_kernels(monkeypatch):
     model, params, images = model_and_arrays()
     expected = learned(model, params, images)
     interpreted = types.SimpleNamespace(
-        pays=lambda *_: True,
         norm_and_tokens=lambda *a: norm_and_tokens(*a, True),
         gelu_of_sum=lambda *a: gelu_of_sum(*a, True),
     )
-    for module in (dense, elementwise):
-        monkeypatch.setattr(module, "pallas_elementwise", interpreted)
+    monkeypatch.setattr(gpu, "kernels_pay", lambda *_: True)
+    monkeypatch.setattr(models, "pallas_elementwise", interpreted)
     alike(learned(model, params, images), expected, 2e-3)
 
 
@@ -156,7 +156,7 @@ def test_queries_are_scaled_by_their_kernel_where_there_is_no_cpu(monkeypatch):
 
 
 def test_where_the_kernels_pay(monkeypatch):
-    pays = pallas_elementwise.pays
+    pays = gpu.kernels_pay
     many = jax.ShapeDtypeStruct((16, 197, 384), jnp.bfloat16)
     assert not pays(many, jnp.bfloat16)  # no GPU
     monkeypatch.setattr(fused, "cudnn_knows", lambda *_: True)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
-from vit_interact.models import pallas_elementwise
+from vit_interact.models import gpu
 from vit_interact.models.cpu import on_cpu
 from vit_interact.models.elementwise import ACTIVATION_FUNCTIONS
 from vit_interact.models.parameter import parameter
@@ -69,7 +69,7 @@ class Dense(nn.Module):
         bias = parameter(self, "bias", nn.initializers.zeros, features) if self.use_bias else None
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         if self.activation is not None:
-            return self._activated(x, kernel, bias)
+            return _activated(self.activation, x, kernel, bias, self.axes)
         if self.scale == 1.0:
             return dense(x, kernel, bias, self.axes)
         if on_cpu():
@@ -79,17 +79,16 @@ class Dense(nn.Module):
         bias = None if bias is None else bias * self.scale
         return dense(x, kernel * self.scale, bias, self.axes)
 
-    def _activated(self, x: Array, kernel: Array, bias: Array | None) -> Array:
-        kept = x.shape[: x.ndim - self.axes]
-        found = jax.ShapeDtypeStruct((*kept, math.prod(kernel.shape[self.axes :])), x.dtype)
-        if (
-            self.activation == "gelu"
-            and bias is not None
-            and pallas_elementwise.pays(found, x.dtype)
-        ):
-            product = dense(x, kernel, None, self.axes)
-            return pallas_elementwise.gelu_of_sum(product, bias)
-        return ACTIVATION_FUNCTIONS[self.activation](dense(x, kernel, bias, self.axes))
+
+def _activated(name: str, x: Array, kernel: Array, bias: Array | None, axes: int) -> Array:
+    """`dense` and a GELU, to which a GPU's kernel adds the bias."""
+    width = math.prod(kernel.shape[axes:])
+    found = jax.ShapeDtypeStruct((*x.shape[: x.ndim - axes], width), x.dtype)
+    if name == "gelu" and bias is not None and gpu.kernels_pay(found, x.dtype):
+        from vit_interact.models import pallas_elementwise
+
+        return pallas_elementwise.gelu_of_sum(dense(x, kernel, None, axes), bias)
+    return ACTIVATION_FUNCTIONS[name](dense(x, kernel, bias, axes))
 
 
 class PatchEmbedding(nn.Module):

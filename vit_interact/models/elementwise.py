@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from vit_interact.models import pallas_elementwise
+from vit_interact.models import gpu
 from vit_interact.models.half_erf import half_erf
 from vit_interact.models.parameter import parameter
 
@@ -142,7 +142,9 @@ class LayerNorm(nn.Module):
         width = x.shape[-1:]
         scale = parameter(self, "scale", nn.initializers.ones, width, jnp.float32)
         bias = parameter(self, "bias", nn.initializers.zeros, width, jnp.float32)
-        if keep and pallas_elementwise.pays(x, self.dtype):
+        if keep and gpu.kernels_pay(x, self.dtype):
+            from vit_interact.models import pallas_elementwise
+
             return pallas_elementwise.norm_and_tokens(x, scale, bias, self.epsilon)
         # XLA's CPU takes four times as long for the derivative of one image's `[1, N, D]`.
         alone = x.reshape(x.shape[1:]) if x.ndim > 2 and len(x) == 1 else x

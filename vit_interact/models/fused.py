@@ -132,7 +132,8 @@ def _cudnn_of_even(query: Array, key: Array, value: Array) -> Array:
     if not any(count % 2 for count in counts):
         return _cudnn(*whole).reshape(query.shape)
     even = [jnp.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)]) for x in whole]
-    return _cudnn_of_first(*even, *counts)[:, : counts[0]].reshape(query.shape)
+    first = _cudnn_of_first(even[0], even[1], even[2], counts[0], counts[1])
+    return first[:, : counts[0]].reshape(query.shape)
 
 
 def _cudnn_of_first(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -30,4 +28,8 @@ def polynomial(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
     """By `ODD`."""
     near = jnp.clip(x, -FAR, FAR)
     square = jnp.square(near)
-    return near * functools.reduce(lambda sum_, factor: sum_ * square + factor, reversed(ODD))
+    *lower, highest = ODD
+    total = jnp.full_like(square, highest)
+    for factor in reversed(lower):
+        total = total * square + factor
+    return near * total

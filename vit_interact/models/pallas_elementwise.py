@@ -22,30 +22,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from vit_interact.models import fused
+from vit_interact.models.gpu import piece_of
 from vit_interact.models.half_erf import FAR, ODD, polynomial
 from vit_interact.models.pallas_gpu import Sizes, call, exp2, stretch
 from vit_interact.models.tile_maps import LOG2_E
 
 _AT_ONCE = 4096  # numbers of a program's tokens
 _PROGRAMS = 1056  # of a backward pass
-_FEWEST = 1024  # tokens; with fewer, a kernel's start is all that there is
-_MOST_PIECES = 8
-
-
-def pays(x: Any, dtype: Any) -> bool:
-    """Whether the kernels take such tokens here: 16 bit, many, on one NVIDIA GPU.
-
-    XLA does not split them over devices. Their derivative is of reverse mode, once.
-
-    Args:
-      x: tokens `[..., D]`, or their shape.
-      dtype: of the result.
-    """
-    return (
-        x.dtype == dtype and fused.cudnn_knows(jnp.dtype(dtype), 64) and jax.device_count() == 1
-        and math.prod(x.shape[:-1]) >= _FEWEST and len(_pieces(x.shape[-1])) <= _MOST_PIECES
-    )  # fmt: skip
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -130,7 +113,7 @@ def _backward(
 
 def _pieces(width: int) -> list[Any]:
     """Slices of a token; Triton's arrays are of powers of two."""
-    piece = min(512, width & -width)
+    piece = piece_of(width)
     return [pl.ds(start, piece) for start in range(0, width, piece)]
 
 
@@ -164,7 +147,8 @@ def _normal(x: Sequence[Array], epsilon: float) -> tuple[list[Array], Array]:
 def _over_tokens(pieces: Sequence[Array]) -> Array:
     """Mean over the width, `[tokens, 1]`."""
     width = sum(one.shape[1] for one in pieces)
-    return sum(jnp.sum(one, axis=1, keepdims=True) for one in pieces) * (1 / width)
+    sums = [jnp.sum(one, axis=1, keepdims=True) for one in pieces]
+    return functools.reduce(jnp.add, sums) * (1 / width)
 
 
 def _forward_kernel(
@@ -245,7 +229,7 @@ gelu_of_sum.defvjp(_gelu_fwd, _gelu_bwd)
 @functools.partial(jax.jit, static_argnums=2)
 def _gelu(x: Array, bias: Array, interpret: bool) -> Array:
     count, width = x.shape
-    piece = _pieces(width)[0].size
+    piece = piece_of(width)
     size = _tokens(count, piece)
     return call(
         functools.partial(_gelu_kernel, size, piece, interpret),
@@ -262,7 +246,7 @@ def _gelu(x: Array, bias: Array, interpret: bool) -> Array:
 @functools.partial(jax.jit, static_argnums=3)
 def _gelu_backward(x: Array, grad: Array, bias: Array, interpret: bool) -> tuple[Array, Array]:
     count, width = x.shape
-    piece = _pieces(width)[0].size
+    piece = piece_of(width)
     size = _tokens(count, piece)
     programs = min(pl.cdiv(_PROGRAMS, width // piece), pl.cdiv(count, size))
     sums = jax.ShapeDtypeStruct((programs, width), jnp.float32)

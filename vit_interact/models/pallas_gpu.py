@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
+from vit_interact.models.gpu import has_triton
 from vit_interact.models.tile_maps import (
     LOG,
     LOG2_E,
@@ -154,12 +155,12 @@ def call(kernel: Any, sizes: Sizes, name: str, interpret: bool, **arguments: Any
     name = f"vit_interact_{name}"
     if interpret:
         return pl.pallas_call(kernel, name=name, interpret=True, **arguments)
-    try:
-        from jax.experimental.pallas import triton
-    except ImportError:
-        # A later jax gives Triton up. Programs are traced for all platforms, so that must not stop
-        # a TPU; on a GPU, jax then says what it cannot lower.
+    if not has_triton():
+        # Programs are traced for all platforms, so that must not stop a TPU; on a GPU, jax then
+        # says what it cannot lower.
         return pl.pallas_call(kernel, name=name, **arguments)
+    from jax.experimental.pallas import triton
+
     how = triton.CompilerParams(num_warps=sizes.warps, num_stages=sizes.stages)
     return pl.pallas_call(kernel, name=name, compiler_params=how, **arguments)
 

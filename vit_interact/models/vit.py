@@ -111,7 +111,7 @@ class Block(nn.Module):
         )
         y, x = _layer_norm(config, "LayerNorm_0")(x, keep=True)
         if self.windowed:
-            assert config.windows is not None
+            assert config.windows is not None and not isinstance(mask, FirstTokens)
             if config.windows.kind == "given":
                 mask = GivenWindows(config.layout, name="GivenWindows_0")(mask)
             else:
@@ -185,8 +185,11 @@ class Encoder(nn.Module):
         last = config.depth if last is None else last
         if train and mask is None and bias is None and self._wants_even(tokens):
             # One more, which nobody attends to; in each layer, cuDNN would copy all to add it.
-            x, mask = jnp.pad(x, ((0, 0), (0, 1), (0, 0))), FirstTokens(tokens)
-        masks, biases = _per_layer(mask, config.depth), _per_layer(bias, config.depth)
+            x, first = jnp.pad(x, ((0, 0), (0, 1), (0, 0))), FirstTokens(tokens)
+        else:
+            first = None
+        masks = _per_layer(mask if first is None else first, config.depth)
+        biases = _per_layer(bias, config.depth)
         rates = [
             config.stochastic_depth * i / max(1, config.depth - 1) for i in range(config.depth)
         ]

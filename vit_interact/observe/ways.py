@@ -21,6 +21,7 @@ from vit_interact.models.attend import (
 )
 from vit_interact.models.cpu import on_cpu
 from vit_interact.models.fused import cudnn_knows
+from vit_interact.models.gpu import has_triton
 from vit_interact.models.vit import ViT
 
 _KERNELS_PAY = {"attention", "dispersion", "gradient", "edge", "leave_one_out", "rollout"}
@@ -102,6 +103,6 @@ def tiles(
     pay = (
         kernel is None and ours and mask is None and block is None
         and set(names) <= _KERNELS_PAY and jax.device_count() == 1
-        and cudnn_knows(jnp.dtype(model.config.dtype), model.config.head_dim)
+        and cudnn_knows(jnp.dtype(model.config.dtype), model.config.head_dim) and has_triton()
     )  # fmt: skip
     return Tiles() if pay else None
