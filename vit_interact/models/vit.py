@@ -182,14 +182,12 @@ class Encoder(nn.Module):
     ) -> Float[Array, "B N D"]:
         """Runs blocks `first` to `last - 1`; the final norm follows only the very last block."""
         config, tokens = self.config, x.shape[1]
+        whole: Any = mask
         last = config.depth if last is None else last
         if train and mask is None and bias is None and self._wants_even(tokens):
             # One more, which nobody attends to; in each layer, cuDNN would copy all to add it.
-            x, first = jnp.pad(x, ((0, 0), (0, 1), (0, 0))), FirstTokens(tokens)
-        else:
-            first = None
-        masks = _per_layer(mask if first is None else first, config.depth)
-        biases = _per_layer(bias, config.depth)
+            x, whole = jnp.pad(x, ((0, 0), (0, 1), (0, 0))), FirstTokens(tokens)
+        masks, biases = _per_layer(whole, config.depth), _per_layer(bias, config.depth)
         rates = [
             config.stochastic_depth * i / max(1, config.depth - 1) for i in range(config.depth)
         ]
