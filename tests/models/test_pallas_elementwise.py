@@ -31,13 +31,17 @@ def arrays(shape, dtype=jnp.float32):
     return (3 * x + 50).astype(dtype), g.astype(dtype), h.astype(dtype), *rows
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("programs", [3, 1000])
-def test_layer_norm(shape, programs, monkeypatch):
-    """Several tiles a program, the last of which start early; and all at once."""
-    monkeypatch.setattr(pallas_elementwise, "_PROGRAMS", programs)
+@pytest.fixture(params=[3, 1000])
+def programs(request, shape, monkeypatch):
+    """Several tiles a program, the last of which start early; and one."""
+    monkeypatch.setattr(pallas_elementwise, "_PROGRAMS", request.param)
     monkeypatch.setattr(pallas_elementwise, "_AT_ONCE", 4 * shape[-1])
     jax.clear_caches()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.usefixtures("programs")
+def test_layer_norm(shape):
     x, g, h, scale, bias = arrays(shape)
     plain = lambda x, scale, bias: (standardise(x, EPSILON) * scale + bias, x)  # noqa: E731
     ours = functools.partial(norm_and_tokens, epsilon=EPSILON, interpret=True)
@@ -49,11 +53,8 @@ def test_layer_norm(shape, programs, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("programs", [3, 1000])
-def test_gelu(shape, programs, monkeypatch):
-    monkeypatch.setattr(pallas_elementwise, "_PROGRAMS", programs)
-    monkeypatch.setattr(pallas_elementwise, "_AT_ONCE", 4 * shape[-1])
-    jax.clear_caches()
+@pytest.mark.usefixtures("programs")
+def test_gelu(shape):
     x, g, _, _, bias = arrays(shape)
     x = x - 50
     plain = lambda x, bias: nn.gelu(x + bias, approximate=False)  # noqa: E731

@@ -45,7 +45,7 @@ class Dense(nn.Module):
       use_bias: whether there is a bias.
       dtype: compute type.
       scale: that the output is multiplied by.
-      activation: name of a GELU of the output.
+      activation: name of a GELU of the output; only without a scale.
     """
 
     features: int | tuple[int, ...]
@@ -69,6 +69,7 @@ class Dense(nn.Module):
         bias = parameter(self, "bias", nn.initializers.zeros, features) if self.use_bias else None
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         if self.activation is not None:
+            assert self.scale == 1.0
             return _activated(self.activation, x, kernel, bias, self.axes)
         if self.scale == 1.0:
             return dense(x, kernel, bias, self.axes)

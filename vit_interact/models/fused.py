@@ -52,7 +52,7 @@ def fused_attention(
     jax chooses it for nobody. Its derivative is of reverse mode, once.
     """
     if isinstance(mask, FirstTokens):
-        return _cudnn_of_first(query, key, value, mask.count)
+        return _cudnn_of_first(query, key, value, queries=mask.count, keys=mask.count)
     if blocks is None:
         *batch, queries, heads, _ = query.shape
         shape = (math.prod(batch), heads, queries, key.shape[-3])
@@ -132,17 +132,14 @@ def _cudnn_of_even(query: Array, key: Array, value: Array) -> Array:
     if not any(count % 2 for count in counts):
         return _cudnn(*whole).reshape(query.shape)
     even = [jnp.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)]) for x in whole]
-    first = _cudnn_of_first(even[0], even[1], even[2], counts[0], counts[1])
+    first = _cudnn_of_first(*even, queries=counts[0], keys=counts[1])
     return first[:, : counts[0]].reshape(query.shape)
 
 
-def _cudnn_of_first(
-    query: Array, key: Array, value: Array, queries: int, keys: int | None = None
-) -> Array:
+def _cudnn_of_first(query: Array, key: Array, value: Array, *, queries: int, keys: int) -> Array:
     """Of the first tokens of `[B, N, H, K]`, an even number; zeros for the others."""
-    lengths = (jnp.full(len(query), count, jnp.int32) for count in (queries, keys or queries))
-    names = "query_seq_lengths", "key_value_seq_lengths"
-    return _cudnn(query, key, value, **dict(zip(names, lengths, strict=True)))
+    of_queries, of_keys = (jnp.full(len(query), count, jnp.int32) for count in (queries, keys))
+    return _cudnn(query, key, value, query_seq_lengths=of_queries, key_value_seq_lengths=of_keys)
 
 
 def _plain_attention(
