@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.models.helpers import bodies_of_ynnpack
 from vit_interact import interactions as vx
 from vit_interact.layout import TokenLayout
 
@@ -14,11 +15,8 @@ LAYERS = 5
 
 
 def sums_of_ynnpack(function, *shape):
-    """The computations that a program for the CPU leaves to YNNPACK."""
-    text = jax.jit(function).lower(jax.ShapeDtypeStruct(shape, jnp.float32)).compile().as_text()
-    bodies = dict(re.findall(r"^%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, re.M | re.S))
-    called = re.findall(r"^ *(?:ROOT )?%?ynn_fusion\S* = [^\n]*calls=%?([\w.\-]+)", text, re.M)
-    return [bodies[name] for name in called]
+    program = jax.jit(function).lower(jax.ShapeDtypeStruct(shape, jnp.float32)).compile()
+    return bodies_of_ynnpack(program)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="of XLA's CPU compiler")

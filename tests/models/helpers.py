@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -65,3 +66,11 @@ def lowered(function, platform, *shapes):
             gpu = AbstractDevice("NVIDIA H100", 132, "gpu")
             stack.enter_context(use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=gpu)))
         return jax.jit(function).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+
+
+def bodies_of_ynnpack(program):
+    """The computations that a program compiled for the CPU leaves to YNNPACK, as text."""
+    text = program.as_text()
+    bodies = dict(re.findall(r"^%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, re.M | re.S))
+    called = re.findall(r"^ *(?:ROOT )?%?ynn_fusion\S* = [^\n]*calls=%?([\w.\-]+)", text, re.M)
+    return [bodies[name] for name in called]

@@ -23,11 +23,12 @@ DOMINANT = 0.7
 class Head(NamedTuple):
     """One head of a layer, or a few along the first axis; float32 or wider but for the kernel.
 
-    The weights are in two parts, so that XLA makes them where they are read.
+    The weights may be in two parts, so that XLA makes them where they are read.
 
     Attributes:
-      exponentials: of the logits, the largest of a row 1, `[..., M, N]`.
-      share: what makes weights of a row of them, and its largest weight, `[..., M, 1]`.
+      exponentials: of the logits `[..., M, N]`, the largest of a row 1; or the weights themselves.
+      share: what makes weights of a row of them, `[..., M, 1]`; None where they are weights.
+      largest: largest weight of a row, `[..., M, 1]`.
       values: `[..., N, K]`.
       output: `[..., M, K]`.
       out_kernel: `[..., K, D]`, or None.
@@ -36,7 +37,8 @@ class Head(NamedTuple):
     """
 
     exponentials: Array
-    share: Array
+    share: Array | None
+    largest: Array
     values: Array
     output: Array
     out_kernel: Array | None = None
@@ -46,7 +48,7 @@ class Head(NamedTuple):
     @property
     def weights(self) -> Float[Array, "*heads M N"]:
         """Rows sum to 1."""
-        return self.exponentials * self.share
+        return self.exponentials if self.share is None else self.exponentials * self.share
 
 
 class Term(NamedTuple):
@@ -199,14 +201,14 @@ def if_dominated(
 
 
 def _if_dominated(head: Head, function: Callable[[Array], Array]) -> Array:
-    none = jax.lax.stop_gradient(jnp.minimum(head.share, 0))
-    found = jnp.max(head.share) > DOMINANT
+    none = jax.lax.stop_gradient(jnp.minimum(head.largest, 0))
+    found = jnp.max(head.largest) > DOMINANT
     return if_dominated(found, lambda: function(head.weights), none)
 
 
 def _leave_one_out(head: Head) -> Array:
     assert head.out_kernel is not None
-    metric = metric_of(head.out_kernel.astype(head.share.dtype))
+    metric = metric_of(head.out_kernel.astype(head.largest.dtype))
     mean = jnp.mean(head.values, axis=-2, keepdims=True)
     sides = head.values - mean, head.output - mean, metric
     dominant = _if_dominated(head, lambda weights: leave_one_out_dominant(weights, *sides))

@@ -24,8 +24,11 @@ from vit_interact.models.bias import SeparableBias
 from vit_interact.models.blocks import Places, Summed, join, map_blocks, pick
 from vit_interact.models.cpu import on_cpu
 from vit_interact.models.softmax import (
+    ROWS,
+    Rows,
     attention_logits,
     heads_first,
+    softmax_of,
     softmax_parts,
     without_batch,
 )
@@ -71,6 +74,7 @@ class Attended(NamedTuple):
       queries: which tokens the `M` queries are; None for all, in order.
       prefix: whether they are the prefix tokens and no others.
       backward: what the layer's own backward pass makes; None where it does not take part.
+      rows: of the softmax, `[B, M, H, 1]` each; None where nobody made them.
     """
 
     query: Array
@@ -83,6 +87,7 @@ class Attended(NamedTuple):
     queries: Int[Array, " M"] | Int[np.ndarray, " M"] | None = None
     prefix: bool = False
     backward: Backward | None = None
+    rows: Rows | None = None
 
 
 @runtime_checkable
@@ -209,33 +214,42 @@ def explicit_attention(
     mask: Bool[Array, ...] | None = None,
     out_kernel: Float[Array, "H K D"] | None = None,
     scale_output: bool = False,
+    rows: Rows | None = None,
 ) -> Attended:
     """Attention that keeps its weights. `query` is already scaled; see `Attended` for shapes.
 
     With `scale_output` the softmax divides rows of the output, `K` numbers each, and not rows of
     the weights, `N` each: faster on XLA's CPU for several short images (docs/kernels.md). It is for
-    weights that one elementwise sum or nobody reads; where several do, both would be kept.
+    weights that one elementwise sum or nobody reads; where several do, both would be kept. `rows`
+    are those of the softmax, where they are known.
     """
     if is_single(batch := query.shape[:-3]):
         inputs = without_batch(query, key, value, bias, mask)
-        one = explicit_attention(*inputs, out_kernel=out_kernel, scale_output=scale_output)
-        made = {name: getattr(one, name) for name in ("logits", "weights", "output")}
-        made = {name: array.reshape(*batch, *array.shape) for name, array in made.items()}
+        known = rows and Rows(*without_batch(*rows))
+        one = explicit_attention(
+            *inputs, out_kernel=out_kernel, scale_output=scale_output, rows=known
+        )
+        made = {name: getattr(one, name) for name in ("logits", "weights", "output", "rows")}
+        made = jax.tree.map(lambda array: array.reshape(*batch, *array.shape), made)
         return one._replace(query=query, key=key, values=value, **made)
     logits = attention_logits(heads_first(query), heads_first(key), bias, mask)
-    exponentials, share = softmax_parts(logits, mask)
-    weights = exponentials * share
-    factors = exponentials if scale_output else weights
+    if scale_output and rows is None:
+        factors, found = softmax_parts(logits, mask)
+        weights = factors * found.largest
+    else:
+        weights, found = softmax_of(logits, mask, rows and Rows(*map(heads_first, rows)))
+        factors = weights
     each = jnp.einsum(
         "...hij,...hjk->...hik",
         factors.astype(value.dtype),
         heads_first(value),
         preferred_element_type=logits.dtype,
     )
-    if scale_output:
-        each = each * share
+    if factors is not weights:
+        each = each * found.largest
     output = jnp.swapaxes(each, -3, -2).astype(value.dtype)
-    return Attended(query, key, value, logits, weights, output, out_kernel)
+    rows = Rows(*map(heads_first, found))
+    return Attended(query, key, value, logits, weights, output, out_kernel, rows=rows)
 
 
 def attend_in_blocks(
@@ -244,6 +258,8 @@ def attend_in_blocks(
     reduce: Callable[..., dict[str, Any]] | None = None,
     output_grad: Float[Array, "*B N H K"] | None = None,
     output: Float[Array, "*B N H K"] | None = None,
+    rows: Rows | None = None,
+    keep: bool = False,
 ) -> tuple[Float[Array, "*B N H K"], dict[str, Array]]:
     """Attention whose weights exist for one block of queries at a time, forward and backward.
 
@@ -255,16 +271,19 @@ def attend_in_blocks(
         is given, to arrays `[..., M, ...]` or `Summed` arrays.
       output_grad: derivative of the score by the output.
       output: where it is known already.
+      rows: of the softmax, where they are known already.
+      keep: whether to give these, too.
 
     Returns:
-      The output, and what `reduce` gave for all queries, in the order of tokens.
+      The output, and what `reduce` gave for all queries, in the order of tokens; with `keep` also
+      the rows `[*B, N, H, 1]` by their names.
     """
     if (together := images_apart(blocks.images, inputs)) is not None:
 
-        def of_images(some: tuple[Any, ...], g: Array | None, o: Array | None) -> Any:
-            return attend_in_blocks(some, blocks, reduce, g, o)
+        def of_images(some: tuple[Any, ...], *known: Any) -> Any:
+            return attend_in_blocks(some, blocks, reduce, *known, keep=keep)
 
-        return over_images(of_images, together, inputs, output_grad, output)
+        return over_images(of_images, together, inputs, output_grad, output, rows)
     query, key, value, bias, mask, out_kernel = inputs
     tokens = key.shape[-3]
     sums = reduce if isinstance(reduce, OverHeads) else None
@@ -273,31 +292,34 @@ def attend_in_blocks(
 
         def of_heads(rows: tuple[Any, ...], queries: Any, prefix: bool) -> dict[str, Any]:
             some = (rows[0], key, value, rows_of(mask, queries, tokens), out_kernel)
-            made, totals = attend_over_heads(some, blocks.heads or 1, sums and sums.of_head)
+            made, totals = attend_over_heads(some, blocks.heads or 1, sums and sums.of_head, keep)
+            known = {name: totals.pop(name) for name in ROWS if keep}
             if sums is not None:
                 totals = sums.finish(totals, query.shape[-2], queries, prefix)
-            return {_OUTPUT: made, **totals}
+            return {_OUTPUT: made, **known, **totals}
 
         found = over_blocks(of_heads, blocks, query)
         return found.pop(_OUTPUT), found
     # Transposed here once, and back in each block, where that cancels.
     key, value = heads_first(key), heads_first(value)
 
-    def block(rows: tuple[Any, ...], queries: Any, prefix: bool) -> dict[str, Any]:
-        q, g, o = rows
+    def block(some: tuple[Any, ...], queries: Any, prefix: bool) -> dict[str, Any]:
+        q, g, o, known = some
         masks = rows_of(bias, queries, tokens), rows_of(mask, queries, tokens)
         sides = heads_first(key), heads_first(value)
-        attended = explicit_attention(q, *sides, *masks, out_kernel, scale_output=True)
+        attended = explicit_attention(q, *sides, *masks, out_kernel, scale_output=True, rows=known)
         attended = attended._replace(queries=queries, prefix=prefix)
         if o is not None:
             attended = attended._replace(output=o)
         arguments = (attended,) if g is None else (attended, g)
         found = reduce(*arguments) if reduce else {}
+        if keep and attended.rows is not None:
+            found |= attended.rows._asdict()
         return found if o is not None else {_OUTPUT: attended.output, **found}
 
     # Without this, a derivative would keep the weights of all blocks.
     step = jax.checkpoint(block, prevent_cse=False, static_argnums=(2,))
-    found = over_blocks(step, blocks, query, output_grad, output)
+    found = over_blocks(step, blocks, query, output_grad, output, rows)
     return found.pop(_OUTPUT) if output is None else output, found
 
 
@@ -311,24 +333,29 @@ def over_blocks(
     blocks: QueryBlocks,
     query: Float[Array, "*B N H K"],
     output_grad: Float[Array, "*B N H K"] | None = None,
-    output: Float[Array, "*B N H K"] | None = None,
+    *others: Any,
 ) -> dict[str, Array]:
     """What a function of a block gives, for all queries in the order of tokens, or added up.
 
     Args:
-      block: of rows of query, gradient and output, the numbers of their tokens, and whether these
-        are the prefix tokens.
+      block: of rows of query, gradient and the others, the numbers of their tokens, and whether
+        these are the prefix tokens.
       blocks: which queries are worked on together.
       query: of all.
       output_grad: of all; a block may repeat queries, and one of their gradients is then 0.
-      output: of all.
+      *others: further arrays of all, or trees of some; None for none.
     """
     tokens, axis = query.shape[-3], query.ndim - 3
-    rows = query, output_grad, output
+    rows = query, output_grad, *others
     if blocks.layout is None and blocks.size >= tokens:
         found = block(rows, np.arange(tokens), False)
         return {n: one.total if isinstance(one, Summed) else one for n, one in found.items()}
     once = output_grad is not None
+
+    def picked(numbers: np.ndarray) -> Any:
+        # A block may repeat queries: one of their gradients is 0, so that sums have it once.
+        return jax.tree.map(lambda row: pick(row, numbers, axis, row is output_grad), rows)
+
     places, parts = [Places.of(numbers) for numbers in blocks.groups(tokens)], []
     for place in places:
         prefix = len(places) > 1 and place is places[0]
@@ -336,10 +363,8 @@ def over_blocks(
         def one(xs: Any, prefix: bool = prefix) -> dict[str, Any]:
             return block(*xs, prefix)
 
-        # A block may repeat queries: one of their gradients is 0, so that sums have it once.
-        numbers = place.numbers
-        q, g, o = (pick(row, numbers, axis, row is output_grad) for row in rows)
-        parts.append(map_blocks(one, ((q, g, o), numbers), place, axis, query, once))
+        xs = picked(place.numbers), place.numbers
+        parts.append(map_blocks(one, xs, place, axis, query, once))
     return join(parts, places, axis)
 
 

@@ -19,10 +19,15 @@ from vit_interact.models.attend import (
     over_blocks,
     rows_of,
 )
-from vit_interact.models.attend_heads import OverHeads, gradients_of_rows, gradients_over_heads
+from vit_interact.models.attend_heads import (
+    OverHeads,
+    along_output,
+    gradients_of_rows,
+    gradients_over_heads,
+)
 from vit_interact.models.attend_images import images_apart, over_images
 from vit_interact.models.blocks import Summed
-from vit_interact.models.softmax import heads_first, without_batch
+from vit_interact.models.softmax import Rows, heads_first, without_batch
 
 _QUERY, _KEY, _VALUE, _BIAS = "dquery", "dkey", "dvalue", "dbias"
 
@@ -49,8 +54,10 @@ def attention_gradients(
         whole = [one.reshape(*batch, *one.shape) for one in (*sides, *made)]
         return (whole[0], whole[1], whole[2], None), Backward(*whole[3:])
     q, k, v = map(heads_first, (attended.query, attended.key, attended.values))
-    weights, g, o = attended.weights, heads_first(grad), heads_first(output)
-    gradients, dlogits, along = gradients_of_rows(weights, q, k, v, g, o)
+    known = along_output(grad, output)
+    known = None if known is None else heads_first(known)
+    g = heads_first(grad)
+    gradients, dlogits, along = gradients_of_rows(attended.weights, q, k, v, g, known)
     dbias = None
     if bias is not None:
         spread = jax.vjp(lambda bias: jnp.broadcast_to(bias, dlogits.shape), bias)[1]
@@ -65,6 +72,7 @@ def gradients_in_blocks(
     reduce: Callable[..., dict[str, Any]],
     output: Float[Array, "*B N H K"],
     grad: Float[Array, "*B N H K"],
+    rows: Rows | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Array]]:
     """Derivatives by query, key, value and bias, and what `reduce` gives, block by block.
 
@@ -74,26 +82,27 @@ def gradients_in_blocks(
       reduce: as for `attend_in_blocks`; gets `Attended` with `backward`.
       output: of the layer.
       grad: derivative of the score by `output`.
+      rows: of the softmax `[*B, N, H, 1]`, if known.
     """
     if (together := images_apart(blocks.images, inputs)) is not None:
 
-        def of_images(some: tuple[Any, ...], o: Array, g: Array) -> Any:
-            return gradients_in_blocks(some, blocks, reduce, o, g)
+        def of_images(some: tuple[Any, ...], *known: Any) -> Any:
+            return gradients_in_blocks(some, blocks, reduce, *known)
 
-        return over_images(of_images, together, inputs, output, grad)
+        return over_images(of_images, together, inputs, output, grad, rows)
     query, key, value, bias, mask, out_kernel = inputs
     tokens = key.shape[-3]
     if heads_apart(blocks, bias) and isinstance(reduce, OverHeads):
 
-        def of_heads(rows: tuple[Any, ...], queries: Any, prefix: bool) -> dict[str, Any]:
-            q, g, o = rows
+        def of_heads(some: tuple[Any, ...], queries: Any, prefix: bool) -> dict[str, Any]:
+            q, *known = some
             some = (q, key, value, rows_of(mask, queries, tokens), out_kernel)
             heads = blocks.heads or 1
-            (dq, dk, dv), totals = gradients_over_heads(some, o, g, heads, reduce.of_head)
+            (dq, dk, dv), totals = gradients_over_heads(some, *known, heads, reduce.of_head)
             found = reduce.finish(totals, query.shape[-2], queries, prefix)
             return {_QUERY: dq, _KEY: Summed(dk), _VALUE: Summed(dv), **found}
 
-        found = over_blocks(of_heads, blocks, query, grad, output)
+        found = over_blocks(of_heads, blocks, query, grad, output, rows)
         return (found.pop(_QUERY), found.pop(_KEY), found.pop(_VALUE), None), found
     leaves, form = jax.tree.flatten(bias)
 
@@ -108,7 +117,7 @@ def gradients_in_blocks(
             found |= {f"{_BIAS}{place}": Summed(part) for place, part in enumerate(parts)}
         return found | reduce(attended._replace(backward=made), g)
 
-    _, found = attend_in_blocks(inputs, blocks, both, grad, output)
+    _, found = attend_in_blocks(inputs, blocks, both, grad, output, rows)
     parts = [found.pop(f"{_BIAS}{place}") for place in range(len(leaves))]
     by_bias = jax.tree.unflatten(form, parts)
     return (found.pop(_QUERY), found.pop(_KEY), found.pop(_VALUE), by_bias), found

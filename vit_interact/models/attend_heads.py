@@ -21,7 +21,13 @@ from jaxtyping import Array, Float
 from vit_interact.interactions.by_head import is_single
 from vit_interact.interactions.head_terms import Head
 from vit_interact.models.blocks import Places, Summed, map_blocks
-from vit_interact.models.softmax import attention_logits, softmax_parts, without_batch
+from vit_interact.models.softmax import (
+    Rows,
+    attention_logits,
+    softmax_of,
+    softmax_parts,
+    without_batch,
+)
 
 OfHead = Callable[[Head], dict[str, Array]]
 
@@ -44,7 +50,7 @@ class OverHeads(Protocol):
 
 
 def attend_over_heads(
-    inputs: tuple[Any, ...], at_a_time: int, of_head: OfHead | None = None
+    inputs: tuple[Any, ...], at_a_time: int, of_head: OfHead | None = None, keep: bool = False
 ) -> tuple[Float[Array, "*B M H K"], dict[str, Array]]:
     """The output of some queries, and sums over heads.
 
@@ -52,17 +58,21 @@ def attend_over_heads(
       inputs: `(query, key, value, mask, out_kernel)` as `attend.explicit_attention` takes them.
       at_a_time: heads worked on together; it divides the number of heads.
       of_head: what heads add; None for the output alone.
+      keep: whether to give rows of the softmax, too, by their names `[*B, M, H, 1]`.
     """
     query, key, value, mask, out_kernel = inputs
     if is_single(batch := query.shape[:-3]):
         one = (*without_batch(query, key, value, mask), out_kernel)
-        return _with_batch(batch, attend_over_heads(one, at_a_time, of_head))
+        return _with_batch(batch, attend_over_heads(one, at_a_time, of_head, keep))
     take = _Take(at_a_time, batch)
 
     def some(first: Array) -> dict[str, Any]:
         q, k, v = (take.heads(array, first) for array in (query, key, value))
         rows = take.mask(mask, first)
-        exponentials, share = softmax_parts(attention_logits(q, k, None, rows), rows)
+        exponentials, known = softmax_parts(attention_logits(q, k, None, rows), rows)
+        # Where the rows' maximum is read for itself, YNNPACK leaves the product before it alone,
+        # which takes longer within its loop over rows of this length (docs/performance.md).
+        share = jnp.where(jnp.isnan(known.log_sum), known.log_sum, known.largest)
         output = share * jnp.einsum(
             "...ij,...jk->...ik",
             exponentials.astype(v.dtype),
@@ -70,10 +80,12 @@ def attend_over_heads(
             preferred_element_type=exponentials.dtype,
         )
         found = {_OUTPUT: take.back(output.astype(v.dtype))}
+        if keep:
+            found |= {name: take.back(each) for name, each in known._asdict().items()}
         if of_head is None:
             return found
         values = v.astype(exponentials.dtype)
-        head = Head(exponentials, share, values, output, take.kernel(out_kernel, first))
+        head = Head(exponentials, share, share, values, output, take.kernel(out_kernel, first))
         return found | take.sums(of_head(head))
 
     found = _over_heads(some, query, at_a_time)
@@ -82,8 +94,9 @@ def attend_over_heads(
 
 def gradients_over_heads(
     inputs: tuple[Any, ...],
-    output: Float[Array, "*B M H K"],
     grad: Float[Array, "*B M H K"],
+    output: Float[Array, "*B M H K"],
+    rows: Rows | None,
     at_a_time: int,
     of_head: OfHead,
 ) -> tuple[tuple[Array, Array, Array], dict[str, Array]]:
@@ -93,28 +106,32 @@ def gradients_over_heads(
 
     Args:
       inputs: as for `attend_over_heads`.
+      grad: derivative of the score by the output.
       output: of the queries.
-      grad: derivative of the score by it.
+      rows: of their softmax `[*B, M, H, 1]`, if known.
       at_a_time: as for `attend_over_heads`.
       of_head: what heads add.
     """
     query, key, value, mask, out_kernel = inputs
     if is_single(batch := query.shape[:-3]):
         one = (*without_batch(query, key, value, mask), out_kernel)
-        out, g = without_batch(output, grad)
-        return _with_batch(batch, gradients_over_heads(one, out, g, at_a_time, of_head))
+        g, out = without_batch(grad, output)
+        known = rows and Rows(*without_batch(*rows))
+        return _with_batch(batch, gradients_over_heads(one, g, out, known, at_a_time, of_head))
     take = _Take(at_a_time, batch)
+    alongs = along_output(grad, output)
 
     def some(first: Array) -> dict[str, Any]:
-        q, k, v, o, g = (take.heads(array, first) for array in (query, key, value, output, grad))
-        rows = take.mask(mask, first)
-        exponentials, share = softmax_parts(attention_logits(q, k, None, rows), rows)
-        wide = exponentials.dtype
-        weights = exponentials * share
-        sides, logit_grad, along = gradients_of_rows(weights, q, k, v, g, o)
-        values, o = v.astype(wide), o.astype(wide)
+        def of_heads(tree: Any) -> Any:
+            return jax.tree.map(lambda array: take.heads(array, first), tree)
+
+        q, k, v, o, g, known, along = map(of_heads, (query, key, value, output, grad, rows, alongs))
+        masks = take.mask(mask, first)
+        weights, known = softmax_of(attention_logits(q, k, None, masks), masks, known)
+        sides, logit_grad, along = gradients_of_rows(weights, q, k, v, g, along)
+        values, o = v.astype(weights.dtype), o.astype(weights.dtype)
         kernel = take.kernel(out_kernel, first)
-        head = Head(exponentials, share, values, o, kernel, logit_grad, along)
+        head = Head(weights, None, known.largest, values, o, kernel, logit_grad, along)
         made = {name: take.back(side) for name, side in zip(_SIDES, sides, strict=True)}
         return made | take.sums(of_head(head))
 
@@ -129,17 +146,15 @@ def gradients_of_rows(
     key: Float[Array, "*heads N K"],
     value: Float[Array, "*heads N K"],
     grad: Float[Array, "*heads M K"],
-    output: Float[Array, "*heads M K"],
+    along: Float[Array, "*heads M 1"] | None,
 ) -> tuple[tuple[Array, Array, Array], Float[Array, "*heads M N"], Float[Array, "*heads M 1"]]:
     """Derivatives by query, key and value, by the logits, and `g · o` of each query.
 
-    As derived from the softmax, but `sum_j A_ij dA_ij` is `g_i · o_i` (Dao et al. 2022): a sum over
-    a head's channels and not over all keys.
+    As derived from the softmax, with `along_output` where that is known.
     """
     slope = jnp.einsum("...ik,...jk->...ij", grad, value, preferred_element_type=weights.dtype)
-    # In a narrow type, `g · o` would be as rough as `o` is.
-    wide = output.dtype == weights.dtype
-    along = jnp.sum(grad * output if wide else weights * slope, axis=-1, keepdims=True)
+    if along is None:
+        along = jnp.sum(weights * slope, axis=-1, keepdims=True)
     dlogits = weights * (slope - along)
     # Products in the type of the layer, as XLA would derive them.
     narrow = dlogits.astype(value.dtype)
@@ -147,6 +162,19 @@ def gradients_of_rows(
     dkey = jnp.einsum("...ij,...ik->...jk", narrow, query)
     dvalue = jnp.einsum("...ij,...ik->...jk", weights.astype(grad.dtype), grad)
     return (dquery, dkey, dvalue), dlogits, along
+
+
+def along_output(
+    grad: Float[Array, "*B M H K"], output: Float[Array, "*B M H K"]
+) -> Float[Array, "*B M H 1"] | None:
+    """`g · o` of each query: `sum_j A_ij dA_ij` by a head's channels and not by all keys.
+
+    From Dao et al. 2022. None where the output is narrower than weights are: it would be as rough.
+    Of all heads at once: YNNPACK would write a head's once for each key.
+    """
+    if output.dtype != jnp.promote_types(output.dtype, jnp.float32):
+        return None
+    return jnp.sum(grad * output, axis=-1, keepdims=True)
 
 
 def _over_heads(

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from vit_interact.models.blocks import map_images
 
@@ -29,7 +29,7 @@ def over_images(
     work: Callable[..., Any],
     at_a_time: int,
     inputs: tuple[Any, ...],
-    *rows: Float[Array, "*B N H K"] | None,
+    *rows: Any,
 ) -> Any:
     """What `work` gives for all images, from some at a time.
 
@@ -37,7 +37,7 @@ def over_images(
       work: of inputs and rows of some images; what it gives has them in front.
       at_a_time: images worked on together, of `images_apart`.
       inputs: as `attend.attend_in_blocks` takes them, without a bias.
-      *rows: gradients or outputs.
+      *rows: arrays `[*B, N, H, K]`, as gradients and outputs are, or trees of some; None for none.
     """
     query, key, value, _, mask, out_kernel = inputs
     batch = query.shape[:-3]
@@ -50,8 +50,11 @@ def over_images(
     def flat(array: Array | None) -> Array | None:
         return None if array is None else array.reshape(-1, *array.shape[-3:])
 
-    def some(q: Array, k: Array, v: Array, own: Array | None, *rows: Array | None) -> Any:
-        return work((q, k, v, None, mask if own is None else own, out_kernel), *rows)
+    leaves, form = jax.tree.flatten(rows)
 
-    found = map_images(some, at_a_time, *map(flat, (query, key, value, own, *rows)))
+    def some(q: Array, k: Array, v: Array, own: Array | None, *leaves: Array) -> Any:
+        inputs = (q, k, v, None, mask if own is None else own, out_kernel)
+        return work(inputs, *jax.tree.unflatten(form, leaves))
+
+    found = map_images(some, at_a_time, *map(flat, (query, key, value, own, *leaves)))
     return jax.tree.map(lambda leaf: leaf.reshape(*batch, *leaf.shape[1:]), found)

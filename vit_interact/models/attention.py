@@ -32,13 +32,16 @@ from vit_interact.models.attend import (
     QueryBlocks,
     Tiles,
     attend_by,
+    attend_in_blocks,
     explicit_attention,
 )
 from vit_interact.models.attend_backward import attention_gradients, gradients_in_blocks
 from vit_interact.models.bias import SeparableBias
+from vit_interact.models.cpu import on_cpu
 from vit_interact.models.dense import Dense
 from vit_interact.models.elementwise import LayerNorm
 from vit_interact.models.fused import FirstTokens, fused_attention
+from vit_interact.models.softmax import ROWS, Rows
 
 KINDS = ("weights", "logits", "values", "output", "query", "key")
 SINKS = "sinks"
@@ -76,17 +79,27 @@ class Taps:
 
 
 # A program of its own, as is the backward pass: the layers of a model share one trace.
-@functools.partial(jax.jit, static_argnums=0)
-def _attend(taps: Taps, inputs: tuple[Any, ...]) -> tuple[Array, dict[str, Any]]:
-    """Each head's output, and what `taps` asks for of the forward pass."""
-    if isinstance(taps.blocks, QueryBlocks) and taps.reduce is None:
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _attend(
+    taps: Taps, inputs: tuple[Any, ...], keep: bool = False
+) -> tuple[Array, dict[str, Any], Rows | None]:
+    """Each head's output, what `taps` asks for of the forward pass, and rows of its softmax.
+
+    Rows only with `keep`, and then None where the attention at hand does not give them.
+    """
+    if isinstance(taps.blocks, QueryBlocks) and (taps.reduce or (keep and on_cpu())):
+        output, found = attend_in_blocks(inputs, taps.blocks, taps.reduce, keep=keep)
+        rows = Rows(*(found.pop(name) for name in ROWS)) if keep else None
+        return output, found, rows
+    if isinstance(taps.blocks, QueryBlocks):
         query, key, value, bias, mask, _ = inputs
-        return fused_attention(query, key, value, mask, bias, taps.blocks), {}
+        return fused_attention(query, key, value, mask, bias, taps.blocks), {}, None
     if taps.blocks is not None:
-        return attend_by(inputs, taps.blocks, taps.reduce)
+        return *attend_by(inputs, taps.blocks, taps.reduce), None
     attended = explicit_attention(*inputs)
     sown = {kind: getattr(attended, kind) for kind in taps.kinds}
-    return attended.output, sown | (taps.reduce(attended) if taps.reduce else {})
+    sown |= taps.reduce(attended) if taps.reduce else {}
+    return attended.output, sown, attended.rows if keep else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -99,29 +112,29 @@ def _attend_with_sinks(
     `taps.blocks` if given, once for the layer's own derivative and the reduction.
     """
     del sinks
-    return _attend(taps, inputs)
+    return _attend(taps, inputs)[:2]
 
 
 def _attend_with_sinks_fwd(taps: Taps, sinks: Any, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
     del sinks
-    output, sown = _attend(taps, inputs)
-    return (output, sown), (output, inputs)
+    output, sown, rows = _attend(taps, inputs, True)
+    return (output, sown), (output, rows, inputs)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _attend_with_sinks_bwd(
     taps: Taps, kept: tuple[Any, ...], gradients: tuple[Array, Any]
 ) -> tuple[Any, ...]:
-    (output, inputs), (g, _) = kept, gradients
+    (output, rows, inputs), (g, _) = kept, gradients
     reduce_grad: Any = taps.reduce_grad
     if isinstance(taps.blocks, QueryBlocks):
-        sides, found = gradients_in_blocks(inputs, taps.blocks, reduce_grad, output, g)
+        sides, found = gradients_in_blocks(inputs, taps.blocks, reduce_grad, output, g, rows)
     elif taps.blocks is not None:
         found = attend_by(inputs, taps.blocks, reduce_grad, g)[1]
         alone = lambda *sides: attend_by((*sides, *inputs[3:]), taps.blocks)[0]  # noqa: E731
         sides = (*jax.vjp(alone, *inputs[:3])[1](g), None)
     else:
-        attended = explicit_attention(*inputs)
+        attended = explicit_attention(*inputs, rows=rows)
         sides, made = attention_gradients(attended, output, g, inputs[3])
         found = reduce_grad(attended._replace(backward=made), g)
     return found, (*sides, None, None)
@@ -195,7 +208,7 @@ class MultiHeadDotProductAttention(nn.Module):
             sinks: Any = self.get_variable(SINKS, "attention")
             output, sown = _attend_with_sinks(taps, sinks, inputs)
         else:
-            output, sown = _attend(taps, inputs)
+            output, sown, _ = _attend(taps, inputs)
         for name, found in sown.items():
             self.sow("intermediates", PREFIX + name, found)
         return project_out(output)

@@ -20,9 +20,8 @@ _YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
 _OWN_PRODUCTS = {_YNNPACK: "LIBRARY_FUSION_TYPE_REDUCE"}
 # And this leaves convolutions, which our models have none of.
 _ALL_OWN = {_YNNPACK: "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"}
-# Tokens of all images from which on these are faster, and tokens of one where they no longer are:
-# there attention takes over, one head at a time (docs/performance.md).
-_MANY_ROWS, _MANY_TOKENS = 768, 512
+# Tokens of all images from which on these are faster (docs/performance.md).
+_MANY_ROWS = 768
 
 
 def on_cpu() -> bool:
@@ -67,7 +66,7 @@ def compiler_options(model: Any, images: int, seldom: bool = False) -> dict[str,
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "layout") or jnp.dtype(config.dtype) != jnp.float32 or not on_cpu():
         return {}
-    if config.layout.num_tokens >= _MANY_TOKENS or not _known_here():
+    if not _known_here():
         return {}
     if not few(config, images):
         return dict(_OWN_PRODUCTS)
@@ -76,8 +75,7 @@ def compiler_options(model: Any, images: int, seldom: bool = False) -> dict[str,
 
 def few(config: ViTConfig, images: int) -> bool:
     """Whether a CPU measures so many images sooner than it makes the program for them."""
-    tokens = config.layout.num_tokens
-    return on_cpu() and tokens < _MANY_TOKENS and images * tokens < _MANY_ROWS
+    return on_cpu() and images * config.layout.num_tokens < _MANY_ROWS
 
 
 def without_ynnpack() -> dict[str, str]:

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
+
+
+class Rows(NamedTuple):
+    """What a softmax needs to know of each row of logits, float32 or wider.
+
+    A forward pass keeps it for the backward pass, which makes the weights again (Dao et al. 2022).
+
+    Attributes:
+      log_sum: logarithm of the sum of exponentials, infinite where every key is masked. For
+        backward passes; it has no derivative.
+      largest: largest weight.
+    """
+
+    log_sum: Array
+    largest: Array
+
+
+ROWS = Rows._fields
 
 
 def attention_logits(
@@ -31,20 +49,35 @@ def attention_logits(
 
 def softmax_parts(
     logits: Float[Array, "*heads M N"], mask: Bool[Array, ...] | None = None
-) -> tuple[Float[Array, "*heads M N"], Float[Array, "*heads M 1"]]:
-    """Exponentials of the logits, the largest of a row 1, and what each row is to be multiplied by.
+) -> tuple[Float[Array, "*heads M N"], Rows]:
+    """Exponentials of the logits, the largest of a row 1, and what is known of each row then.
 
-    Their product is the softmax over keys; a row with every key masked is 0 instead of uniform or
-    NaN.
+    The softmax over keys is the exponentials times the row's largest weight; a row with every key
+    masked is 0 instead of uniform or NaN.
     """
-    largest = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    exponentials = jnp.exp(logits - largest)
+    highest = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    exponentials = jnp.exp(logits - highest)
     if mask is None:
-        return exponentials, 1 / jnp.sum(exponentials, axis=-1, keepdims=True)
-    # Zeroing masked keys once more matters in rows that mask all of them.
-    exponentials = jnp.where(mask, exponentials, 0)
-    total = jnp.sum(exponentials, axis=-1, keepdims=True)
-    return exponentials, jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
+        largest = 1 / jnp.sum(exponentials, axis=-1, keepdims=True)
+    else:
+        # Zeroing masked keys once more matters in rows that mask all of them.
+        exponentials = jnp.where(mask, exponentials, 0)
+        total = jnp.sum(exponentials, axis=-1, keepdims=True)
+        largest = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
+    log_sum = highest - jnp.log(lax.stop_gradient(largest))
+    return exponentials, Rows(log_sum, largest)
+
+
+def softmax_of(
+    logits: Float[Array, "*heads M N"],
+    mask: Bool[Array, ...] | None = None,
+    rows: Rows | None = None,
+) -> tuple[Float[Array, "*heads M N"], Rows]:
+    """The softmax over keys and its rows, which save two passes over the logits where known."""
+    if rows is None:
+        exponentials, rows = softmax_parts(logits, mask)
+        return exponentials * rows.largest, rows
+    return jnp.exp(logits - rows.log_sum), rows
 
 
 def without_batch(*arrays: Array | None) -> list[Any]:
