@@ -85,7 +85,8 @@ def _attend(
 ) -> tuple[Array, dict[str, Any], Rows | None]:
     """Each head's output, what `taps` asks for of the forward pass, and rows of its softmax.
 
-    Rows only with `keep`, and then None where the attention at hand does not give them.
+    Rows only with `keep` and in blocks: else, on a CPU, YNNPACK makes weights of several short
+    images in one loop, and is faster where nothing of it is wanted outside (docs/performance.md).
     """
     if isinstance(taps.blocks, QueryBlocks) and (taps.reduce or (keep and on_cpu())):
         output, found = attend_in_blocks(inputs, taps.blocks, taps.reduce, keep=keep)
@@ -99,7 +100,7 @@ def _attend(
     attended = explicit_attention(*inputs)
     sown = {kind: getattr(attended, kind) for kind in taps.kinds}
     sown |= taps.reduce(attended) if taps.reduce else {}
-    return attended.output, sown, attended.rows if keep else None
+    return attended.output, sown, None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -134,7 +135,7 @@ def _attend_with_sinks_bwd(
         alone = lambda *sides: attend_by((*sides, *inputs[3:]), taps.blocks)[0]  # noqa: E731
         sides = (*jax.vjp(alone, *inputs[:3])[1](g), None)
     else:
-        attended = explicit_attention(*inputs, rows=rows)
+        attended = explicit_attention(*inputs)
         sides, made = attention_gradients(attended, output, g, inputs[3])
         found = reduce_grad(attended._replace(backward=made), g)
     return found, (*sides, None, None)
