@@ -290,8 +290,8 @@ def attend_in_blocks(
     forward = output_grad is None and output is None
     if forward and heads_apart(blocks, bias) and (sums or reduce is None):
 
-        def of_heads(rows: tuple[Any, ...], queries: Any, prefix: bool) -> dict[str, Any]:
-            some = (rows[0], key, value, rows_of(mask, queries, tokens), out_kernel)
+        def of_heads(some: tuple[Any, ...], queries: Any, prefix: bool) -> dict[str, Any]:
+            some = (some[0], key, value, rows_of(mask, queries, tokens), out_kernel)
             made, totals = attend_over_heads(some, blocks.heads or 1, sums and sums.of_head, keep)
             known = {name: totals.pop(name) for name in ROWS if keep}
             if sums is not None:

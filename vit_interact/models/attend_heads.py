@@ -32,6 +32,9 @@ from vit_interact.models.softmax import (
 OfHead = Callable[[Head], dict[str, Array]]
 
 _OUTPUT, _SIDES = "output", ("dquery", "dkey", "dvalue")
+# Weights from which on product, maximum and exponentials are faster one after the other than in
+# YNNPACK's loop over rows: more than stay in the cache (docs/performance.md).
+_APART = 2**18
 
 
 @runtime_checkable
@@ -70,9 +73,10 @@ def attend_over_heads(
         q, k, v = (take.heads(array, first) for array in (query, key, value))
         rows = take.mask(mask, first)
         exponentials, known = softmax_parts(attention_logits(q, k, None, rows), rows)
-        # Where the rows' maximum is read for itself, YNNPACK leaves the product before it alone,
-        # which takes longer within its loop over rows of this length (docs/performance.md).
-        share = jnp.where(jnp.isnan(known.log_sum), known.log_sum, known.largest)
+        share = known.largest
+        if exponentials.size > _APART:
+            # Reads the rows' maximum for itself: YNNPACK leaves the product before it alone then.
+            share = jnp.where(jnp.isnan(known.log_sum), known.log_sum, share)
         output = share * jnp.einsum(
             "...ij,...jk->...ik",
             exponentials.astype(v.dtype),
