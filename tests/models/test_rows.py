@@ -15,7 +15,13 @@ from vit_interact.layout import TokenLayout
 from vit_interact.models.attend import QueryBlocks, attend_in_blocks, explicit_attention
 from vit_interact.models.attend_backward import gradients_in_blocks
 from vit_interact.models.cpu import compiler_options
-from vit_interact.models.softmax import ROWS, Rows
+from vit_interact.models.softmax import (
+    ROWS,
+    Rows,
+    attention_logits,
+    softmax_of,
+    softmax_parts,
+)
 from vit_interact.models.zoo import create_model
 from vit_interact.observe.maps import Maps
 
@@ -86,6 +92,24 @@ def test_a_row_with_every_key_masked_stays_zero():
     close(again.weights, whole.weights)
     assert not np.any(again.weights[..., 3, :])
     assert np.all(np.isfinite(again.output))
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_weights_from_rows_have_the_derivative_of_the_softmax(is_masked):
+    """Second derivatives of a score go through the rows, too."""
+    q, k, *_ = layer(())
+    mask = masked(())[0] if is_masked else None
+    logits = attention_logits(q[:, 0], k[:, 0], None, mask)
+    factors = jnp.asarray(np.random.default_rng(1).normal(size=logits.shape), jnp.float32)
+
+    def plain(logits):
+        return jnp.sum(factors * softmax_of(logits, mask)[0])
+
+    def by_rows(logits):
+        rows = softmax_parts(logits, mask)[1]
+        return jnp.sum(factors * softmax_of(logits, mask, rows)[0])
+
+    close(jax.jit(jax.grad(by_rows))(logits), jax.jit(jax.grad(plain))(logits))
 
 
 TOKENS, WIDTH, HEADS = 800, 64, 2

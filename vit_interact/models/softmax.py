@@ -15,8 +15,7 @@ class Rows(NamedTuple):
     A forward pass keeps it for the backward pass, which makes the weights again (Dao et al. 2022).
 
     Attributes:
-      log_sum: logarithm of the sum of exponentials, infinite where every key is masked. For
-        backward passes; it has no derivative.
+      log_sum: logarithm of the sum of exponentials, infinite where every key is masked.
       largest: largest weight.
     """
 
@@ -58,14 +57,15 @@ def softmax_parts(
     highest = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     exponentials = jnp.exp(logits - highest)
     if mask is None:
-        largest = 1 / jnp.sum(exponentials, axis=-1, keepdims=True)
-    else:
-        # Zeroing masked keys once more matters in rows that mask all of them.
-        exponentials = jnp.where(mask, exponentials, 0)
         total = jnp.sum(exponentials, axis=-1, keepdims=True)
-        largest = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
-    log_sum = highest - jnp.log(lax.stop_gradient(largest))
-    return exponentials, Rows(log_sum, largest)
+        return exponentials, Rows(highest + jnp.log(total), 1 / total)
+    # Zeroing masked keys once more matters in rows that mask all of them.
+    exponentials = jnp.where(mask, exponentials, 0)
+    total = jnp.sum(exponentials, axis=-1, keepdims=True)
+    attends = total > 0
+    total = jnp.where(attends, total, 1)
+    log_sum = jnp.where(attends, highest + jnp.log(total), jnp.inf)
+    return exponentials, Rows(log_sum, jnp.where(attends, 1 / total, 0))
 
 
 def softmax_of(
