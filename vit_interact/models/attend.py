@@ -375,18 +375,3 @@ def rows_of(whole: Any, queries: Any, tokens: int) -> Array | None:
     if whole is None or whole.shape[-2] == 1:
         return whole
     return jnp.take(whole, queries, axis=-2)
-
-
-def attend_by(
-    inputs: tuple[Any, ...],
-    blocks: QueryBlocks | Tiles,
-    reduce: Callable[..., dict[str, Any]] | None = None,
-    output_grad: Float[Array, "*B N H K"] | None = None,
-) -> tuple[Float[Array, "*B N H K"], dict[str, Any]]:
-    """`attend_in_blocks`, or `tiled.attend_in_tiles`."""
-    if isinstance(blocks, Tiles):
-        # Only here: Pallas takes a while to load, and few ask for it.
-        from vit_interact.models.tiled import attend_in_tiles
-
-        return attend_in_tiles(inputs, blocks, reduce, output_grad)
-    return attend_in_blocks(inputs, blocks, reduce, output_grad)

@@ -31,7 +31,6 @@ from vit_interact.models.attend import (
     Attended,
     QueryBlocks,
     Tiles,
-    attend_by,
     attend_in_blocks,
     explicit_attention,
 )
@@ -78,6 +77,13 @@ class Taps:
             raise ValueError(f"attention cannot sow {unknown}; it can sow {KINDS}")
 
 
+def _attend_in_tiles(*arguments: Any) -> tuple[Array, dict[str, Any]]:
+    # Only here: Pallas takes a while to load, and few ask for it.
+    from vit_interact.models.tiled import attend_in_tiles
+
+    return attend_in_tiles(*arguments)
+
+
 # A program of its own, as is the backward pass: the layers of a model share one trace.
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _attend(
@@ -96,7 +102,7 @@ def _attend(
         query, key, value, bias, mask, _ = inputs
         return fused_attention(query, key, value, mask, bias, taps.blocks), {}, None
     if taps.blocks is not None:
-        return *attend_by(inputs, taps.blocks, taps.reduce), None
+        return *_attend_in_tiles(inputs, taps.blocks, taps.reduce), None
     attended = explicit_attention(*inputs)
     sown = {kind: getattr(attended, kind) for kind in taps.kinds}
     sown |= taps.reduce(attended) if taps.reduce else {}
@@ -131,8 +137,8 @@ def _attend_with_sinks_bwd(
     if isinstance(taps.blocks, QueryBlocks):
         sides, found = gradients_in_blocks(inputs, taps.blocks, reduce_grad, output, g, rows)
     elif taps.blocks is not None:
-        found = attend_by(inputs, taps.blocks, reduce_grad, g)[1]
-        alone = lambda *sides: attend_by((*sides, *inputs[3:]), taps.blocks)[0]  # noqa: E731
+        found = _attend_in_tiles(inputs, taps.blocks, reduce_grad, g)[1]
+        alone = lambda *sides: _attend_in_tiles((*sides, *inputs[3:]), taps.blocks)[0]  # noqa: E731
         sides = (*jax.vjp(alone, *inputs[:3])[1](g), None)
     else:
         attended = explicit_attention(*inputs)
