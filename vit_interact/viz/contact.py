@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from vit_interact.viz import style
 from vit_interact.viz.fields import draw_arrows, full_length
 from vit_interact.viz.image_data import ImageData
+from vit_interact.viz.panels import PanelAxes, show
 from vit_interact.viz.png import LEVELS, save
 from vit_interact.viz.scene import Scene
 from vit_interact.viz.sheet import UPPER, Pixels, color_limits, fitted
@@ -73,12 +74,11 @@ def draw_contact_sheet(
     height = math.ceil(_TOP + -(-len(scenes) // _ACROSS) * cell + _MARGIN / 2)
     figure = Figure(figsize=(_WIDTH / style.DPI, height / style.DPI), dpi=style.DPI)
     # One axes in pixels for everything: a hundred of them would take seconds.
-    axes = figure.add_axes((0, 0, 1, 1), label="sheet")
-    axes.set_axis_off()
+    axes = figure.add_axes((0, 0, 1, 1), axes_class=PanelAxes, label="sheet")
+    axes.set(xlim=(0, _WIDTH), ylim=(height, 0))
     for k, scene in enumerate(scenes):
         down, across = divmod(k, _ACROSS)
         _draw_cell(axes, scene, _MARGIN + across * (_CELL + _GAP), _TOP + down * cell, thumb)
-    axes.set(xlim=(0, _WIDTH), ylim=(height, 0))
     total = len(scenes) if count is None else count
     shown = f"{total} image{'s' * (total != 1)}"
     if len(scenes) < total:
@@ -115,23 +115,18 @@ def _draw_cell(
         x = left + column * (width + 6)
         # Plain thinning to about the thumbnail's size; Matplotlib smooths the rest.
         step = max(1, round(min(ground.shape[:2]) / (2 * _THUMB)))
-        axes.imshow(
-            ground[::step, ::step].astype(np.uint8),
-            extent=(x, x + width, top + height, top),
-            aspect="auto",
-        )
+        thinned = ground[::step, ::step].astype(np.uint8)
+        show(axes, thinned, (x, x + width, top + height, top), interpolation="auto")
     x = left + width + 6
     finite = np.isfinite(impact)
     strength = np.clip((np.where(finite, impact, low) - low) / (most - low), 0, 1)
-    axes.imshow(
-        np.ma.masked_invalid(impact),
-        cmap=style.COLORMAPS["impact"],
-        vmin=low,
-        vmax=most,
-        alpha=np.where(finite, 0.3 + 0.5 * strength, 0.0),
-        extent=(x, x + scene.cols * unit[1], top + scene.rows * unit[0], top),
-        interpolation="nearest",
-        aspect="auto",
+    show(
+        axes,
+        impact,
+        (x, x + scene.cols * unit[1], top + scene.rows * unit[0], top),
+        colors=style.COLORMAPS["impact"],
+        limits=(low, most),
+        opacity=np.where(finite, 0.3 + 0.5 * strength, 0.0),
         label="impact",
     )
     vectors = scene.array("combined_tendency")

@@ -24,6 +24,7 @@ from matplotlib.patheffects import Normal, Stroke
 from vit_interact.viz import style
 from vit_interact.viz.fields import draw_field, draw_growth
 from vit_interact.viz.image_data import ImageData
+from vit_interact.viz.panels import PanelAxes, show
 from vit_interact.viz.png import COARSE, LEVELS, render, write
 from vit_interact.viz.predicted import draw_predicted
 from vit_interact.viz.scene import (
@@ -120,9 +121,8 @@ def _draw_layers(sheet: Sheet, scene: Scene, cell: tuple[Pixels, Pixels]) -> Non
         fontsize=13.5,
     )
     strip_height = sheet.height - top - TITLE
-    axes = sheet.axes(0.0, top + TITLE, WIDTH, strip_height)
+    axes = sheet.axes(0.0, top + TITLE, WIDTH, strip_height, kind=PanelAxes)
     axes.set(xlim=(0, WIDTH), ylim=(strip_height, 0), label="layers")
-    axes.set_axis_off()
     grid = (len(scene.layers), scene.rows, scene.cols)
     maps = scene.array("received_impact").reshape(grid)
     high, wide = scene.extent
@@ -133,26 +133,18 @@ def _draw_layers(sheet: Sheet, scene: Scene, cell: tuple[Pixels, Pixels]) -> Non
     for k, (layer, values) in enumerate(zip(scene.layers, maps, strict=True)):
         down, place = divmod(k, _STRIP_ACROSS)
         left, upper = MARGIN + place * pitch, down * (math.ceil(height) + _STRIP_WORDS)
-        lowest, highest = color_limits(values, UPPER["impact"])
-        axes.imshow(
-            np.ma.masked_invalid(values),
-            cmap=style.COLORMAPS["impact"],
-            vmin=lowest,
-            vmax=highest,
-            extent=(
-                left,
-                left + width * scene.cols / wide,
-                upper + height * scene.rows / high,
-                upper,
-            ),
-            interpolation="nearest",
-            aspect="auto",
+        right, lower = left + width * scene.cols / wide, upper + height * scene.rows / high
+        show(
+            axes,
+            values,
+            (left, right, lower, upper),
+            colors=style.COLORMAPS["impact"],
+            limits=color_limits(values, UPPER["impact"]),
             label=f"layer {layer}",
         )
         told = f"layer {layer}\nmax {_plain(values.max(), 2)}"
         below = upper + math.ceil(height) + 6
         axes.text(left, below, told, va="top", fontsize=12.5, color=style.MUTED)
-    axes.set(xlim=(0, WIDTH), ylim=(strip_height, 0))
     # One legend for all: each map has its own numbers at the ends of the same colours.
     bar = sheet.axes(WIDTH - MARGIN - 240, top + 4, 150, 15)
     sheet.figure.colorbar(
@@ -294,17 +286,15 @@ def _draw_tiles(sheet: Sheet, scene: Scene, windows: np.ndarray) -> None:
         for across, patch in enumerate(line):
             x = left + across * (math.ceil(width) + gap)
             y = top + TITLE + down * (math.ceil(height) + gap)
-            axes = sheet.axes(x, y, width, height)
+            axes = sheet.axes(x, y, width, height, kind=PanelAxes)
             axes.set(xlim=(0, wide), ylim=(high, 0), label=f"window {patch}")
-            axes.set_axis_off()
             draw_picture(axes, scene)
             row, col = divmod(int(patch), scene.cols)
             upper, first, lower, last = windows[patch]
             shade = np.zeros((scene.rows, scene.cols, 4), np.float32)
             shade[..., 3] = 0.68
             shade[upper:lower, first:last, 3] = 0
-            extent = (0, scene.cols, scene.rows, 0)
-            axes.imshow(shade, extent=extent, interpolation="nearest", aspect="auto")
+            show(axes, shade, (0, scene.cols, scene.rows, 0))
             if not scene.blank_queries[patch]:
                 axes.add_patch(_box(windows[patch], "white", 1.6, "window"))
             query = np.array([row, col, row + 1, col + 1])
@@ -344,8 +334,7 @@ def draw_removal(data: ImageData) -> Figure:
         cover = np.zeros((scene.rows, scene.cols, 4), np.float32)
         cover[..., :3] = to_rgb(style.MISSING)
         cover[..., 3] = gone.reshape(scene.rows, scene.cols)
-        extent = (0, scene.cols, scene.rows, 0)
-        axes.imshow(cover, extent=extent, interpolation="nearest", aspect="auto", label="removed")
+        show(axes, cover, (0, scene.cols, scene.rows, 0), label="removed")
     place = np.empty(scene.patches)
     place[order] = np.arange(1, scene.patches + 1)
     axes = sheet.picture_axes(2, sheet.tops[1], "Order of removal", "order")

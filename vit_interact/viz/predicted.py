@@ -14,6 +14,7 @@ from matplotlib.patheffects import Normal, Stroke
 
 from vit_interact.layout import TokenLayout
 from vit_interact.viz.image_data import ImageData
+from vit_interact.viz.panels import PanelAxes, show
 from vit_interact.viz.scene import Scene
 from vit_interact.viz.sheet import (
     COLUMNS,
@@ -74,14 +75,12 @@ def draw_predicted_windows(
     area = _areas(boxes).mean(axis=(1, 2, 3)) / (rows * cols)
     for image, (place, layer) in itertools.product(range(count), enumerate(columns)):
         left, top = MARGIN + place * (wide + _GAP), _TOP + image * (high + _GAP)
-        axes = canvas.axes(left, top, wide, high)
-        extent = (0, cols, rows, 0)
+        axes = canvas.axes(left, top, wide, high, kind=PanelAxes)
+        axes.set(xlim=(0, cols), ylim=(rows, 0), label=f"image {image}, layer {layers[layer]}")
         how = interpolation(axes, pictures[image])
-        axes.imshow(pictures[image], extent=extent, interpolation=how, aspect="auto")
+        show(axes, pictures[image], (0, cols, rows, 0), interpolation=how)
         goal = None if goals is None else goals[layer, image]
         _outline(axes, rows, cols, boxes[layer, image], goal)
-        axes.set(xlim=(0, cols), ylim=(rows, 0), label=f"image {image}, layer {layers[layer]}")
-        axes.set_axis_off()
         if image == 0:
             axes.set_title(f"layer {layers[layer]}, area {percent(area[layer])}")
     color = _QUERIES[0]

@@ -22,6 +22,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.transforms import Bbox
 
 from vit_interact.viz import style
+from vit_interact.viz.panels import PanelAxes, show
 from vit_interact.viz.scene import Scene
 
 MARGIN = 28.0
@@ -65,11 +66,13 @@ class Canvas:
             **{"va": "top", "parse_math": False, **kwargs},  # type: ignore[arg-type]
         )
 
-    def axes(self, left: Pixels, top: Pixels, width: Pixels, height: Pixels) -> Axes:
+    def axes(
+        self, left: Pixels, top: Pixels, width: Pixels, height: Pixels, kind: type[Axes] = Axes
+    ) -> Axes:
         """Axes at pixels from the upper left corner."""
         bottom = self.height - top - height
         box = ((left, bottom), (left + width, bottom + height))
-        axes = self.figure.add_axes((0, 0, 1, 1))
+        axes = self.figure.add_axes((0, 0, 1, 1), axes_class=kind)
         whole = self.figure.bbox.size
         axes.set_position(
             Bbox(
@@ -147,10 +150,9 @@ class Sheet(Canvas):
 
     def picture_axes(self, column: int, top: Pixels, title: str, label: str) -> Axes:
         """Axes in patches for one panel of a column; `label` is how tests and readers find it."""
-        axes = self.axes(column_left(column), top + TITLE, *self.panel)
+        axes = self.axes(column_left(column), top + TITLE, *self.panel, kind=PanelAxes)
         high, wide = self.scene.extent
         axes.set(xlim=(0, wide), ylim=(high, 0), label=label)
-        axes.set_axis_off()
         axes.set_title(title, parse_math=False)
         return axes
 
@@ -234,14 +236,8 @@ def draw_picture(axes: Axes, scene: Scene, colored: bool = True, light: float = 
         return
     if light < 1:
         picture = (picture * np.float32(light)).astype(np.uint8)
-    axes.imshow(
-        picture,
-        extent=(0, wide, high, 0),
-        interpolation=interpolation(axes, picture),
-        aspect="auto",
-        zorder=-2,
-        label="picture",
-    )
+    how = interpolation(axes, picture)
+    show(axes, picture, (0, wide, high, 0), interpolation=how, zorder=-2, label="picture")
 
 
 def interpolation(axes: Axes, picture: UInt8[np.ndarray, "y x 3"]) -> str:
@@ -284,15 +280,13 @@ def draw_map(
         opacity = np.where(finite, 0.3 + 0.5 * strength, 0.0)
     if hatched and not finite.all():
         hatch(axes, ~finite)
-    return axes.imshow(
-        np.ma.masked_invalid(values),
-        cmap=style.COLORMAPS[quantity],
-        vmin=low,
-        vmax=high,
-        extent=(0, scene.cols, scene.rows, 0),
-        interpolation="nearest",
-        aspect="auto",
-        alpha=opacity,
+    return show(
+        axes,
+        values,
+        (0, scene.cols, scene.rows, 0),
+        colors=style.COLORMAPS[quantity],
+        limits=(low, high),
+        opacity=opacity,
         label=quantity,
     )
 
