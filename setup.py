@@ -77,7 +77,7 @@ setup(
         "tensorboardX",
         "typer>=0.12",
         "xarray>=2024.10",
-        "zarr>=3",
+        "zarr>=3.1.3",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["vit-interact=vit_interact.cli:main"]},

@@ -3,14 +3,17 @@
 from concurrent.futures import Future
 from pathlib import Path
 
+import numpy as np
 import pytest
+import xarray as xr
 
 import vit_interact as vi
 from tests.cli_data import photographs, tiny_weights
 from tests.test_cli import one_error, run
+from tests.viz.made_up import make_dataset
 from vit_interact.data.images import find_images
 from vit_interact.data.naming import Work
-from vit_interact.session import Options, _Behind, _Folder, analyze_folder
+from vit_interact.session import Options, _Behind, _chunks, _Folder, analyze_folder
 
 
 @pytest.fixture
@@ -104,3 +107,36 @@ def test_unknown_figures_are_refused_before_anything_is_done(tmp_path):
     message = one_error("analyze", images, "--figures", "window", "--out", tmp_path / "out")
     assert "--figures 'window'" in message and "all,none,received_impact" in message
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("chunk", [None, 1], ids=["as now", "as folders of before"])
+def test_arrays_of_many_batches_are_in_few_files(folder, chunk, monkeypatch):
+    """What is small shares files with that of other images, also when a batch is half full."""
+    if chunk:
+        monkeypatch.setattr("vit_interact.session._CHUNK_IMAGES", chunk)
+    whole = make_dataset(4, 4, names=tuple(f"{k}.jpg" for k in range(23)))
+    whole = whole.assign_coords(image=("image", whole["image"].values.astype(object)))
+    for start, stop in ((0, 5), (5, 13)):
+        folder.append(whole.isel(image=slice(start, stop)))
+        monkeypatch.undo()
+    folder.written = 10
+    folder._cut_back(10)  # three images did not count
+    for start, stop in ((10, 18), (18, 23)):
+        folder.append(whole.isel(image=slice(start, stop)))
+    with xr.open_zarr(folder.store, consolidated=False) as kept:
+        xr.testing.assert_equal(kept.load(), whole)
+    files = [path for path in folder.store.glob("*/[0-9]*") if path.parent.name != "image"]
+    images = [name for name, variable in whole.data_vars.items() if "image" in variable.dims]
+    if not chunk:
+        assert len(files) <= 2 * len(images) + len(whole.coords)
+
+
+def test_chunks_hold_about_as_much_whatever_the_grid():
+    def chunks(*shape):
+        return _chunks(xr.DataArray(np.broadcast_to(np.float32(0), shape)))
+
+    assert chunks(8, 256) == (16, 256)
+    assert chunks(8, 12, 256, 256) == (1, 12, 256, 256)
+    assert chunks(8, 12, 1369, 1369) == (1, 1, 765, 1369)
+    assert chunks(1, 24, 196, 196) == (1, 24, 196, 196)
+    assert chunks(8) == (16,)

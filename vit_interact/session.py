@@ -31,8 +31,11 @@ if TYPE_CHECKING:
 
     from vit_interact.models.weights import Checkpoint
 
-# Dimensions that get chunks of 1 where it is not the image alone.
-_IMAGE_CHUNK = {"interaction": 2, "other_interaction": 3, "other_combined_interaction": 2}
+# Of a chunk, which is a file: each costs more to write and to find than a kilobyte in it. What is
+# small is written again with each batch until its chunk is full; Zarr replaces files as a whole, so
+# that a kill leaves what was in them.
+_CHUNK_BYTES = 4 * 2**20
+_CHUNK_IMAGES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,12 +310,9 @@ class _Folder:
         # Format 2: variable-length strings and consolidated metadata are stable in it.
         if not self.written:
             encoding = {
-                str(name): {"chunks": tuple(
-                    1 if axis < _IMAGE_CHUNK.get(str(name), 1) else size
-                    for axis, size in enumerate(variable.shape)
-                )}
+                str(name): {"chunks": _chunks(variable)}
                 for name, variable in dataset.data_vars.items()
-            }  # fmt: skip
+            }
             encoding["image"] = {"chunks": (1024,)}
             dataset.to_zarr(
                 self.store, mode="w", encoding=encoding, consolidated=False, zarr_format=2
@@ -380,6 +380,15 @@ class _Folder:
         _wait(drawn)
         index_page(dataset, self.path, failures, self.path / "index.html")
         return dataset
+
+
+def _chunks(variable: xr.DataArray) -> tuple[int, ...]:
+    """Sizes of a variable's chunks, the image being its first dimension."""
+    chunks, room = [], _CHUNK_BYTES // variable.dtype.itemsize
+    for size in (*variable.shape[:0:-1], _CHUNK_IMAGES):
+        chunks.append(max(1, min(size, room)))
+        room //= chunks[-1]
+    return tuple(reversed(chunks))
 
 
 def _difference(old: Any, new: dict[str, Any]) -> str:

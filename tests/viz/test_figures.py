@@ -237,7 +237,7 @@ def test_a_rest_that_fills_no_patch_stays_bare() -> None:
     assert scene.extent == pytest.approx((47 / 14, 65 / 14))
     axes = axes_of(figures.draw_received_impact(scene.data), "overlay")
     (heat,) = [image for image in axes.images if image.get_label() == "impact"]
-    assert heat.get_extent() == [0, 4, 3, 0]
+    assert tuple(heat.get_extent()) == (0, 4, 3, 0)
 
 
 def test_patches_need_not_be_square() -> None:

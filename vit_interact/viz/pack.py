@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import zlib
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar, cast
 
 import matplotlib as mpl
 import numpy as np
@@ -39,6 +40,8 @@ _TOGETHER = 2**20
 
 #: Pages grow no larger unless images are chosen by name.
 PAGE_BYTES = 80e6
+
+_T = TypeVar("_T")
 
 Quantised = tuple[UInt[np.ndarray, "*n P"], Float[np.ndarray, "*n"]]
 
@@ -79,15 +82,16 @@ def quantise(rows: Float[np.ndarray, "*n P"], bits: int = 8) -> Quantised:
       Integers `[..., P]` and the largest entry of each row, 0 for a row of zeros.
     """
     levels = 2**bits - 1
-    rows = np.nan_to_num(rows.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0).clip(0.0)
+    rows = np.where((rows > 0) & (rows < np.inf), rows, rows.dtype.type(0))
     scale = rows.max(axis=-1).astype(np.float32)
-    unit = rows / np.where(scale > 0, scale, 1.0)[..., None]
+    largest = np.where(scale > 0, scale, 1.0)
     found = np.empty(rows.shape, np.uint8 if bits == 8 else np.uint16)
     carry = np.zeros(scale.shape)
     for column in range(rows.shape[-1]):
-        wanted = unit[..., column] + carry
-        found[..., column] = np.rint(np.sqrt(wanted.clip(0.0, 1.0)) * levels)
-        carry = wanted - (found[..., column] / levels) ** 2
+        wanted = rows[..., column].astype(np.float64) / largest + carry
+        level = np.rint(np.sqrt(wanted.clip(0.0, 1.0)) * levels)
+        found[..., column] = level
+        carry = wanted - (level / levels) ** 2
     return found, scale
 
 
@@ -110,7 +114,7 @@ class Pack:
     """
 
     def __init__(self, data: xr.Dataset, bits: int = 8) -> None:
-        """Looks at a dataset; nothing large is read yet.
+        """Looks at a dataset; maps are not read yet.
 
         Args:
           data: from `vi.analyze`, `vi.analyze_files` or an `analysis.zarr`.
@@ -128,11 +132,14 @@ class Pack:
             )
         if not data.sizes.get("image", 0):
             raise ValueError("the dataset holds no images")
-        self.data, self.bits = data, bits
+        maps = {name: data[name] for name in data.data_vars if "key" in data[name].dims}
+        # One by one, image by image, the rest would take longer to find than all of it to read.
+        self.data = data.drop_vars(list(maps)).load().assign(maps)
+        self.bits = bits
         self.indicators = [str(data.attrs.get("indicator", "unknown"))]
         if "other" in data.coords:
             self.indicators += [str(name) for name in data["other"].values]
-        self.scenes = [Scene(data.isel(image=k)) for k in range(data.sizes["image"])]
+        self.scenes = [Scene(self.data.isel(image=k)) for k in range(data.sizes["image"])]
 
     @property
     def model(self) -> str:
@@ -201,18 +208,22 @@ class Pack:
         """All of `keys` with their blobs; of an image several small maps are made at a time."""
         several = max(1, _TOGETHER // (self.scenes[0].rows * self.scenes[0].cols) ** 2)
         layers: list[str | int] = ["all", *self.scenes[0].layers]
+        some_layers = [layers[start : start + several] for start in range(0, len(layers), several)]
+        images = range(len(self.scenes))
+        parts = itertools.product(images, self.indicators, some_layers)
         before: list[tuple[str, Future[bytes]]] = []
-        # Those of an image are compressed, which needs no interpreter, while the next is read.
-        with ThreadPoolExecutor(1) as meanwhile:
-            for k in range(len(self.scenes)):
+        # Neither reading nor compressing needs the interpreter for long: the next maps are read,
+        # and those of the image before are compressed, while some are quantised.
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as meanwhile:
+            maps = _one_ahead(reader, self._maps, parts)
+            for k in images:
                 now = []
                 for name in self.indicators:
                     key = f"{k}/{name}/impact"
                     now.append((key, meanwhile.submit(self.blob, key)))
-                    for start in range(0, len(layers), several):
-                        some = layers[start : start + several]
-                        rows = np.stack([self.map(k, name, layer) for layer in some])
-                        for layer, *one in zip(some, *quantise(rows, self.bits), strict=True):
+                    for some in some_layers:
+                        made = quantise(next(maps), self.bits)
+                        for layer, *one in zip(some, *made, strict=True):
                             now.append((f"{k}/{name}/{layer}", meanwhile.submit(_packed, *one)))
                 if "predicted_window" in self.data:
                     key = f"{k}/predicted"
@@ -227,12 +238,23 @@ class Pack:
         Raises:
           KeyError: for a layer that was not measured.
         """
-        scene = self.scenes[image]
-        if layer == "all":
-            return self._array(scene, "combined_interaction", name)
-        if str(layer) not in map(str, scene.layers):
+        if str(layer) not in ("all", *map(str, self.scenes[image].layers)):
             raise KeyError(f"{image}/{name}/{layer}")
-        return self._array(scene, "interaction", name, scene.layers.index(int(layer)))
+        return self._maps(image, name, [layer if layer == "all" else int(layer)])[0]
+
+    def _maps(
+        self, image: int, name: str, layers: Sequence[str | int]
+    ) -> Float[np.ndarray, "n P P"]:
+        """Some of "all" and, behind it, numbers of layers that follow one another."""
+        scene = self.scenes[image]
+        numbers = [scene.layers.index(int(layer)) for layer in layers if layer != "all"]
+        found = []
+        if "all" in layers:
+            found.append(self._array(scene, "combined_interaction", name)[None])
+        if numbers:
+            some = slice(numbers[0], numbers[-1] + 1)
+            found.append(self._array(scene, "interaction", name, some))
+        return np.concatenate(found)
 
     def agreement(self) -> Agreement:
         """Compares quantised maps and their windows with the arrays, on maps spread over all."""
@@ -265,7 +287,7 @@ class Pack:
         return Agreement(differ / max(1, compared), compared, coverage, float(off.max(initial=0.0)))
 
     def _array(
-        self, scene: Scene, variable: str, name: str, layer: int | None = None
+        self, scene: Scene, variable: str, name: str, layers: slice | None = None
     ) -> np.ndarray:
         """A variable of one image for one of the indicators, read from disk no more than needed."""
         data = cast("xr.Dataset", scene.data)
@@ -273,7 +295,7 @@ class Pack:
             found = data[variable]
         else:
             found = data[f"other_{variable}"].isel(other=self.indicators.index(name) - 1)
-        return np.asarray((found if layer is None else found.isel(layer=layer)).values)
+        return np.asarray((found if layers is None else found.isel(layer=layers)).values)
 
     def _told(self, name: str) -> dict[str, str]:
         known = style.indicator_style(name)
@@ -297,6 +319,20 @@ class Pack:
             else None,
             "picture": _picture(scene),
         }
+
+
+def _one_ahead(
+    pool: Executor, function: Callable[..., _T], arguments: Iterable[tuple[Any, ...]]
+) -> Iterator[_T]:
+    """What a function gives for each of some arguments, the next being made while one is used."""
+    before: Future[_T] | None = None
+    for some in arguments:
+        now = pool.submit(function, *some)
+        if before is not None:
+            yield before.result()
+        before = now
+    if before is not None:
+        yield before.result()
 
 
 def _label(scene: Scene) -> str | None:

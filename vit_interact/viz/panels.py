@@ -7,13 +7,15 @@ for ticks that it never has: together 40 % of the time of drawing (`docs/perform
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import XAxis, YAxis
 from matplotlib.image import AxesImage
+
+_Number: TypeAlias = float | int
 
 
 class PanelAxes(Axes):
@@ -64,8 +66,8 @@ class _CrispImage(AxesImage):
     """An image that is repeated where its pixels are of whole pixels, and resampled elsewhere."""
 
     def make_image(
-        self, renderer: Any, magnification: float = 1.0, unsampled: bool = False
-    ) -> tuple[Any, float, float, Any]:
+        self, renderer: Any, magnification: _Number = 1.0, unsampled: bool = False
+    ) -> tuple[Any, _Number, _Number, Any]:
         place = self._whole_pixels()
         if place is None or magnification != 1 or unsampled:
             return super().make_image(renderer, magnification, unsampled)
@@ -81,7 +83,10 @@ class _CrispImage(AxesImage):
         left, right, bottom, top = self.get_extent()
         corners = self.get_transform().transform([(left, bottom), (right, top)])
         whole = np.rint(corners)
-        if not np.allclose(corners, whole, rtol=0, atol=1e-6):
+        # What lies beyond the axes is for Matplotlib to cut off.
+        first, last = self.axes.bbox.get_points()
+        inside = (whole >= first - 1e-6) & (whole <= last + 1e-6)
+        if not np.allclose(corners, whole, rtol=0, atol=1e-6) or not inside.all():
             return None
         (x, y), (width, height) = whole[0].astype(int), (whole[1] - whole[0]).astype(int)
         rows, columns = self.get_size()
@@ -98,14 +103,14 @@ class _CrispImage(AxesImage):
 def show(
     axes: Axes,
     values: np.ndarray,
-    extent: tuple[float, float, float, float],
+    extent: tuple[_Number, _Number, _Number, _Number],
     *,
     colors: str | None = None,
-    limits: tuple[float, float] = (0.0, 1.0),
+    limits: tuple[_Number, _Number] = (0.0, 1.0),
     opacity: np.ndarray | None = None,
     interpolation: str = "nearest",
     label: str = "",
-    zorder: float = 0.0,
+    zorder: _Number = 0.0,
 ) -> AxesImage:
     """`Axes.imshow` for pictures and maps that fill their place; the limits of the axes stay.
 
