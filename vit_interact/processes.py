@@ -107,13 +107,18 @@ def end_with_parent_at_once() -> None:
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
 
 
-def collect_seldom() -> None:
+def collect_seldom(objects: int = 100_000) -> None:
     """Has Python look for garbage less often, for processes that are there for one command.
 
     While JAX, its programs and Matplotlib come in, by far the most objects are there to stay: by
-    default all of them are looked through six times, 0.6 s of 5.
+    default all of them are looked through six times, 0.6 s of 5. What is there now is taken to
+    stay: it is not looked through again.
+
+    Args:
+      objects: new ones, after which to look.
     """
-    gc.set_threshold(100_000, 10, 10)
+    gc.freeze()
+    gc.set_threshold(objects, 10, 10)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from vit_interact.processes import INTERRUPTED, stop_if_interrupted
+from vit_interact.processes import INTERRUPTED, collect_seldom, stop_if_interrupted
 
 if TYPE_CHECKING:
     from vit_interact.models.weights import Checkpoint
@@ -129,6 +129,7 @@ def load(model: str, **settings: Any) -> Checkpoint:
     from vit_interact.models.weights import load_checkpoint
     from vit_interact.programs import keep_programs
 
+    collect_seldom()
     keep_freed_memory()
     keep_programs(keep_compiled())
     checkpoint = load_checkpoint(model, **settings)
