@@ -64,9 +64,15 @@ class Render:
         if not self.stems:
             return []
         parts = min(max(1, self.workers // dataset.sizes["image"]), len(self.stems))
+        # By far the most of the data, which would be sent to other processes.
+        unseen = [
+            name
+            for name, variable in dataset.data_vars.items()
+            if "key" in variable.dims and {"layer", "other"} & set(variable.dims)
+        ]
         return [
             self.submit(_render_one, one, folder_of(str(one["image"].item()), out), stems)
-            for one in _plain(dataset)
+            for one in _plain(dataset.drop_vars(unseen))
             for stems in (self.stems[part::parts] for part in range(parts))
         ]
 
