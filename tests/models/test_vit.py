@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -165,6 +166,73 @@ def test_stochastic_depth_drops_or_rescales_whole_updates():
     assert 0 < untouched.sum() < 40  # both updates dropped in about a quarter of 64
 
 
+def _masks(tokens, heads):
+    """Of layers and none; the last has whole rows masked."""
+    generator = np.random.default_rng(0)
+    shapes = ((tokens, tokens), (2, tokens, tokens), (2, heads, tokens, tokens))
+    masks = [jnp.asarray(generator.random(shape) < 0.6) for shape in shapes]
+    return [None, masks, masks[2].at[:, :, 0].set(False)]
+
+
+@pytest.mark.parametrize("member", FAMILY)
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_training_pass_makes_what_is_read_alone(member, remat):
+    """Logits and derivatives are those of a pass that makes all tokens of the last block."""
+    model, params, images = tiny(**FAMILY[member], remat=remat)
+    tokens, heads = model.config.layout.num_tokens, model.config.heads
+
+    @functools.partial(jax.jit, static_argnames="train")
+    def run(params, mask, train):
+        def loss(params):
+            logits = model.apply({"params": params}, images, mask=mask, train=train)
+            return jnp.sum(jnp.sin(logits)), logits
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    for mask in _masks(tokens, heads):
+        found, expected = (run(params, mask, train) for train in (True, False))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)
+
+
+def test_a_training_pass_with_a_bias_makes_what_is_read_alone():
+    model, params, images = tiny()
+    generator = np.random.default_rng(0)
+    layout = model.config.layout
+    shapes = [(2, 3, layout.num_patches, side) for side in (layout.rows, layout.cols)]
+    bias = SeparableBias(*(jnp.asarray(generator.normal(size=s), jnp.float32) for s in shapes))
+    found, expected = (
+        jax.jit(functools.partial(model.apply, train=train))({"params": params}, images, bias=bias)
+        for train in (True, False)
+    )
+    assert np.abs(found - applied(model, params, images)).max() > 1e-3
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_the_last_block_costs_a_training_pass_little():
+    flops = {}
+    for depth in (2, 3):
+        model, params, images = tiny(depth=depth, image_size=(32, 32))
+
+        def loss(params, train, model=model, images=images):
+            return jnp.sum(model.apply({"params": params}, images, train=train))
+
+        for train in (True, False):
+            lowered = jax.jit(jax.grad(loss), static_argnums=1).lower(params, train)
+            flops[depth, train] = lowered.compile().cost_analysis()["flops"]
+    block = flops[3, False] - flops[2, False]
+    # Keys and values are two of twelve products of a block, and their derivatives.
+    for depth in (2, 3):
+        assert 0.6 * block < flops[depth, False] - flops[depth, True] < block
+
+
+def test_captured_intermediates_have_all_tokens():
+    model, params, images = tiny()
+    _, state = model.apply({"params": params}, images, capture_intermediates=True)
+    blocks = state["intermediates"]["Transformer"]
+    last, _ = blocks[f"encoderblock_{model.config.depth - 1}"]["__call__"][0]
+    assert last.shape[1] == model.config.layout.num_tokens
+
+
 def test_blocks_can_be_run_in_parts():
     model, params, images = tiny()
     variables = {"params": params}
@@ -208,4 +276,4 @@ def test_positions_are_summed_over_images_with_tokens_in_one_axis():
     shapes = [e.invars[0].aval.shape for e in sums]
     patches, width = model.config.layout.num_patches, model.config.width
     assert (len(images), patches * width) in shapes
-    assert not [s for s in shapes if len(s) == 3]
+    assert not [s for s in shapes if len(s) == 3 and s[1] > 1]

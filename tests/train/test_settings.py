@@ -227,14 +227,22 @@ def test_fsdp_spreads_the_state():
     assert part < 1.05 * whole / 8
 
 
-def test_flops_are_xlas_own():
-    model = vi.create_model("vit_ti16", num_classes=10, image_size=64)
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("windows", [None, WindowConfig(layers=(1,))])
+def test_flops_are_xlas_own(train, windows):
+    fields = {"num_classes": 10, "image_size": 64, "depth": 2}
+    model = vi.create_model("vit_ti16", windows=windows, **fields)
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-    apply = jax.jit(lambda params, images: model.apply({"params": params}, images))
+    apply = jax.jit(lambda params, images: model.apply({"params": params}, images, train=train))
     cost = apply.lower(param_shapes(model), images).compile().cost_analysis()
-    ours = speed.forward_flops(model.config)
+    ours = speed.forward_flops(model.config, train)
     # XLA counts norms, softmax and GELU, too.
     assert ours < cost["flops"] < 1.1 * ours
+
+
+def test_flops_of_a_step():
+    model = vi.create_model("vit_ti16", num_classes=10, image_size=64)
+    ours = speed.forward_flops(model.config, train=True)
     frozen = jax.tree_util.tree_map_with_path(
         lambda keys, leaf: "head" not in jax.tree_util.keystr(keys), param_shapes(model)
     )

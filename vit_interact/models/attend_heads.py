@@ -24,8 +24,9 @@ from vit_interact.models.blocks import Places, Summed, map_blocks
 from vit_interact.models.softmax import (
     Rows,
     attention_logits,
+    exponentials_of,
     softmax_of,
-    softmax_parts,
+    softmax_rows,
     without_batch,
 )
 
@@ -72,17 +73,24 @@ def attend_over_heads(
     def some(first: Array) -> dict[str, Any]:
         q, k, v = (take.heads(array, first) for array in (query, key, value))
         rows = take.mask(mask, first)
-        exponentials, known = softmax_parts(attention_logits(q, k, None, rows), rows)
-        share = known.largest
-        if exponentials.size > _APART:
-            # Reads the rows' maximum for itself: YNNPACK leaves the product before it alone then.
-            share = jnp.where(jnp.isnan(known.log_sum), known.log_sum, share)
-        output = share * jnp.einsum(
+        exponentials, highest = exponentials_of(attention_logits(q, k, None, rows), rows)
+        large = exponentials.size > _APART
+        sums = large and v.dtype == exponentials.dtype
+        each = jnp.einsum(
             "...ij,...jk->...ik",
             exponentials.astype(v.dtype),
-            v,
+            _with_ones(v) if sums else v,
             preferred_element_type=exponentials.dtype,
         )
+        each, total = each[..., : v.shape[-1]], each[..., v.shape[-1] : v.shape[-1] + 1]
+        if not sums:
+            total = jnp.sum(exponentials, axis=-1, keepdims=True)
+        known = softmax_rows(highest, total, rows)
+        share = known.largest
+        if large:
+            # Reads the rows' maximum for itself: YNNPACK leaves the product before it alone then.
+            share = jnp.where(jnp.isnan(known.log_sum), known.log_sum, share)
+        output = share * each
         found = {_OUTPUT: take.back(output.astype(v.dtype))}
         if keep:
             found |= {name: take.back(each) for name, each in known._asdict().items()}
@@ -94,6 +102,18 @@ def attend_over_heads(
 
     found = _over_heads(some, query, at_a_time)
     return found.pop(_OUTPUT), found
+
+
+def _with_ones(value: Float[Array, "*heads N K"]) -> Float[Array, "*heads N _"]:
+    """Values with a one for each key, so that their product with exponentials has the sums, too.
+
+    And zeros to a multiple of 16: XLA's CPU multiplies large matrices with 80 columns in 0.75 to
+    0.9 of the time of 64 (docs/performance.md).
+    """
+    *lead, width = value.shape
+    ones = jnp.ones((*lead, 1), value.dtype)
+    zeros = jnp.zeros((*lead, 15 - width % 16), value.dtype)
+    return jnp.concatenate([value, ones, zeros], axis=-1)
 
 
 def gradients_over_heads(

@@ -39,7 +39,7 @@ from vit_interact.models.bias import SeparableBias
 from vit_interact.models.cpu import on_cpu
 from vit_interact.models.dense import Dense
 from vit_interact.models.elementwise import LayerNorm
-from vit_interact.models.fused import FirstTokens, fused_attention
+from vit_interact.models.fused import FirstTokens, attention_of_first, fused_attention
 from vit_interact.models.softmax import ROWS, Rows
 
 KINDS = ("weights", "logits", "values", "output", "query", "key")
@@ -175,7 +175,8 @@ class MultiHeadDotProductAttention(nn.Module):
         mask: Bool[Array, ...] | FirstTokens | None = None,
         bias: SeparableBias | None = None,
         layer_scale: Float[Array, " D"] | None = None,
-    ) -> Float[Array, "B N D"]:
+        first_tokens: int | None = None,
+    ) -> Float[Array, "B R D"]:
         """Attends.
 
         Args:
@@ -185,8 +186,12 @@ class MultiHeadDotProductAttention(nn.Module):
             are no taps.
           bias: additive separable bias of the logits.
           layer_scale: the block's LayerScale `[D]`, only for the taps' `out_kernel`.
+          first_tokens: how many of the queries' outputs are wanted; None is all. Taps see all.
         """
         width = inputs_q.shape[-1]
+        taps = None if self.is_initializing() else self.taps
+        few = first_tokens is not None and not taps and bias is None
+        inputs_q = inputs_q[:, :first_tokens] if few else inputs_q
         head_dim = width // self.heads
 
         def project(name: str, inputs: Array, scale: float = 1.0) -> Array:
@@ -201,9 +206,11 @@ class MultiHeadDotProductAttention(nn.Module):
         mask = _with_heads(mask)
         project_out = Dense(width, axes=2, dtype=self.dtype, name="out")
 
-        taps = self.taps
-        if not taps or self.is_initializing():
-            return project_out(fused_attention(query, key, value, mask, bias))
+        if not taps:
+            if few:
+                return project_out(attention_of_first(query, key, value, mask))
+            output = fused_attention(query, key, value, mask, bias)
+            return project_out(output[:, :first_tokens])
         logit_bias: Any = bias
         if bias is not None and not taps.blocks:
             logit_bias = bias.full(tokens=inputs_kv.shape[1])
@@ -218,7 +225,7 @@ class MultiHeadDotProductAttention(nn.Module):
             output, sown, _ = _attend(taps, inputs)
         for name, found in sown.items():
             self.sow("intermediates", PREFIX + name, found)
-        return project_out(output)
+        return project_out(output[:, :first_tokens])
 
 
 def _with_heads(mask: Any) -> Any:

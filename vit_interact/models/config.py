@@ -164,6 +164,13 @@ class ViTConfig:
         return int(self.cls_token) + int(self.distilled) + self.registers
 
     @property
+    def tokens_read(self) -> int | None:
+        """How many of the first tokens logits are made of; None where it is all of them."""
+        if self.pool != "cls":
+            return None
+        return 1 + int(self.distilled)
+
+    @property
     def layout(self) -> TokenLayout:
         """Token layout of the model's own image size."""
         (height, width), (ph, pw) = self.image_size, self.patch_size

@@ -63,6 +63,21 @@ def fused_attention(
     return _fused_attention(query, key, value, mask, bias, blocks=blocks, cudnn=cudnn)
 
 
+def attention_of_first(
+    query: Float[Array, "*B R H K"],
+    key: Float[Array, "*B M H K"],
+    value: Float[Array, "*B M H K"],
+    mask: Bool[Array, ...] | FirstTokens | None = None,
+) -> Float[Array, "*B R H K"]:
+    """The output of the first few queries, whose weights are little on any device."""
+    if isinstance(mask, FirstTokens):
+        key, value = (side[..., : mask.count, :, :] for side in (key, value))
+        mask = None
+    if mask is not None:
+        mask = mask[..., : query.shape[-3], :]
+    return _plain_attention(query, key, value, mask, blocks=None)
+
+
 # A program of its own: the layers of a model share one trace of it.
 @functools.partial(jax.jit, static_argnames=("blocks", "cudnn"))
 def _fused_attention(

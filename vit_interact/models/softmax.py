@@ -54,18 +54,34 @@ def softmax_parts(
     The softmax over keys is the exponentials times the row's largest weight; a row with every key
     masked is 0 instead of uniform or NaN.
     """
+    exponentials, highest = exponentials_of(logits, mask)
+    return exponentials, softmax_rows(highest, jnp.sum(exponentials, axis=-1, keepdims=True), mask)
+
+
+def exponentials_of(
+    logits: Float[Array, "*heads M N"], mask: Bool[Array, ...] | None = None
+) -> tuple[Float[Array, "*heads M N"], Float[Array, "*heads M 1"]]:
+    """Exponentials of the logits, the largest of a row 1, and the largest logit of each row."""
     highest = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     exponentials = jnp.exp(logits - highest)
+    if mask is not None:
+        # Zeroing masked keys once more matters in rows that mask all of them.
+        exponentials = jnp.where(mask, exponentials, 0)
+    return exponentials, highest
+
+
+def softmax_rows(
+    highest: Float[Array, "*heads M 1"],
+    total: Float[Array, "*heads M 1"],
+    mask: Bool[Array, ...] | None = None,
+) -> Rows:
+    """Rows of a softmax by their largest logit and the sum of their exponentials."""
     if mask is None:
-        total = jnp.sum(exponentials, axis=-1, keepdims=True)
-        return exponentials, Rows(highest + jnp.log(total), 1 / total)
-    # Zeroing masked keys once more matters in rows that mask all of them.
-    exponentials = jnp.where(mask, exponentials, 0)
-    total = jnp.sum(exponentials, axis=-1, keepdims=True)
+        return Rows(highest + jnp.log(total), 1 / total)
     attends = total > 0
     total = jnp.where(attends, total, 1)
     log_sum = jnp.where(attends, highest + jnp.log(total), jnp.inf)
-    return exponentials, Rows(log_sum, jnp.where(attends, 1 / total, 0))
+    return Rows(log_sum, jnp.where(attends, 1 / total, 0))
 
 
 def softmax_of(

@@ -74,7 +74,8 @@ class Block(nn.Module):
         drop_path: Float[Array, ""] | float,
         train: bool,
         sharpness: Float[Array, ""] | float | None = None,
-    ) -> tuple[Float[Array, "B N D"], None]:
+        first_tokens: int | None = None,
+    ) -> tuple[Float[Array, "B M D"], None]:
         """Applies the block.
 
         Args:
@@ -84,6 +85,7 @@ class Block(nn.Module):
           drop_path: stochastic-depth rate of this layer.
           train: whether dropout and stochastic depth are active.
           sharpness: of predicted windows.
+          first_tokens: how many of the tokens are wanted; None is all.
         """
         config = self.config
         scales: list[Array | None] = [None, None]
@@ -117,7 +119,8 @@ class Block(nn.Module):
             else:
                 head = WindowHead(config.windows, config.layout, config.heads, name="WindowHead_0")
                 mask, bias = head(y, mask, bias, sharpness)
-        x = residual(x, attention(y, y, mask, bias, scales[0]), scales[0])
+        update = attention(y, y, mask, bias, scales[0], first_tokens)
+        x = residual(x[:, :first_tokens], update, scales[0])
         y, x = _layer_norm(config, "LayerNorm_1")(x, keep=True)
         x = residual(x, MlpBlock(config, name="MlpBlock_0")(y, train), scales[1])
         return x, None
@@ -134,14 +137,14 @@ class Encoder(nn.Module):
         config = self.config
         block: Any = Block
         if config.remat:
-            # Static argument 5 is `train` (0 is the module).
-            block = nn.remat(Block, prevent_cse=not config.scan, static_argnums=(5,))
+            # Static are `train` and `first_tokens` (0 is the module).
+            block = nn.remat(Block, prevent_cse=not config.scan, static_argnums=(5, 7))
         if config.scan:
             scanned = nn.scan(
                 block,
                 variable_axes={"params": 0, "intermediates": 0, SINKS: 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(0, 0, 0, nn.broadcast, nn.broadcast),
+                in_axes=(0, 0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
                 length=config.depth,
             )
             self.encoderblock: Any = scanned(config, self.taps, config.windows is not None)
@@ -179,8 +182,13 @@ class Encoder(nn.Module):
         first: int = 0,
         last: int | None = None,
         sharpness: Float[Array, ""] | float | None = None,
-    ) -> Float[Array, "B N D"]:
-        """Runs blocks `first` to `last - 1`; the final norm follows only the very last block."""
+        first_tokens: int | None = None,
+    ) -> Float[Array, "B M D"]:
+        """Runs blocks `first` to `last - 1`; the final norm follows only the very last block.
+
+        With `first_tokens` it may give so many tokens alone: the last block makes no others, of
+        which a loop over equal blocks (`scan`) knows nothing.
+        """
         config, tokens = self.config, x.shape[1]
         whole: Any = mask
         last = config.depth if last is None else last
@@ -195,10 +203,12 @@ class Encoder(nn.Module):
             if (first, last) != (0, config.depth):
                 raise ValueError("a scanned model runs all of its layers; unstack it first")
             stacked = (_stack(masks, "mask"), _stack(biases, "bias"), jnp.asarray(rates))
-            x, _ = self.encoderblock(x, *stacked, train, sharpness)
+            x, _ = self.encoderblock(x, *stacked, train, sharpness, None)
         else:
             for i in range(first, last):
-                x, _ = self.encoderblock[i](x, masks[i], biases[i], rates[i], train, sharpness)
+                wanted = first_tokens if i == config.depth - 1 else None
+                given = (masks[i], biases[i], rates[i], train, sharpness, wanted)
+                x, _ = self.encoderblock[i](x, *given)
         x = x[:, :tokens]
         return self.encoder_norm(x) if config.norm_before_pool and last == config.depth else x
 
@@ -315,7 +325,11 @@ class ViT(nn.Module):
             prefix, patches = jnp.split(x, [self.config.prefix], axis=1)
             patches = jnp.take_along_axis(patches, jnp.asarray(keep)[..., None], axis=1)
             x = jnp.concatenate([prefix, patches], axis=1)
-        return self.classify(self.Transformer(x, mask, bias, train, sharpness=sharpness))
+        # A plain pass makes all tokens of the last block, too: Flax's `capture_intermediates` shows
+        # them to those who study them (docs/performance.md).
+        read = self.config.tokens_read if train or self.taps else None
+        x = self.Transformer(x, mask, bias, train, sharpness=sharpness, first_tokens=read)
+        return self.classify(x)
 
     def embed(self, images: Images, *, train: bool = False) -> Float[Array, "B N D"]:
         """Images to tokens: what the first block reads."""
@@ -358,17 +372,17 @@ class ViT(nn.Module):
         return self.Transformer(tokens, mask, first=first, last=last)
 
     def classify(self, tokens: Float[Array, "B N D"]) -> Float[Array, "B classes"]:
-        """Tokens after the last block to logits."""
+        """Tokens after the last block to logits; `ViTConfig.tokens_read` of them are enough."""
         config = self.config
         if config.pool == "map":
             pooled = self.MAPHead_0(tokens)
         else:
-            mean = jnp.mean(tokens[:, config.prefix :], axis=1)
-            pooled = {
-                "cls": lambda: tokens[:, 0],
-                "gap": lambda: mean,
-                "cls_gap": lambda: jnp.concatenate([tokens[:, 0], mean], axis=-1),
-            }[config.pool]()
+            parts = []
+            if "cls" in config.pool:
+                parts.append(tokens[:, 0])
+            if "gap" in config.pool:
+                parts.append(jnp.mean(tokens[:, config.prefix :], axis=1))
+            pooled = jnp.concatenate(parts, axis=-1)
         if not config.norm_before_pool:
             pooled = self.pool_norm(pooled)
         if not config.num_classes:

@@ -33,23 +33,37 @@ _PEAKS = {
 }
 
 
-def forward_flops(config: ViTConfig) -> float:
+def forward_flops(config: ViTConfig, train: bool = False) -> float:
     """FLOPs of one image's forward pass, multiplications and additions apart.
 
     Matrix products only: embedding, projections, attention, MLP, window heads and head.
+
+    Args:
+      config: the architecture.
+      train: whether the last block makes only what logits are made of, as in training.
     """
     tokens, width = config.layout.num_tokens, config.width
     ph, pw = config.patch_size
     embedding = config.layout.num_patches * 3 * ph * pw * width
     hidden = config.mlp_dim * (3 if config.swiglu else 2)
-    block = tokens * width * (4 * width + hidden) + 2 * tokens**2 * width
     windows = config.windows
+    last = config.tokens_read if train and not config.scan else None
+    attending = tokens
+    if last is not None and (windows is None or not windows.has(config.depth - 1)):
+        attending = last
+
+    def block(attending: int, made: int) -> int:
+        sides = width * (attending + 2 * tokens)  # queries, keys and values
+        return width * (sides + 2 * attending * tokens + made * (width + hidden))
+
+    blocks = (config.depth - 1) * block(tokens, tokens)
+    blocks += block(attending, tokens if last is None else last)
     predicted = 0
     if windows is not None and windows.kind == "predicted":
         layers = sum(windows.has(layer) for layer in range(config.depth))
         predicted = layers * config.layout.num_patches * width * 4 * windows.groups
     head = width * config.num_classes * (2 if config.pool == "cls_gap" else 1)
-    return 2.0 * (embedding + config.depth * block + predicted + head)
+    return 2.0 * (embedding + blocks + predicted + head)
 
 
 def peak_flops(count: int) -> tuple[float, str]:
@@ -89,7 +103,7 @@ def step_flops(config: ViTConfig, frozen: Any = None) -> float:
       config: the architecture.
       frozen: tree of which parameters stay, or None.
     """
-    forward = forward_flops(config)
+    forward = forward_flops(config, train=True)
     if frozen is None:
         return 3 * forward
     lowest = config.depth
