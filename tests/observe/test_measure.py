@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import vit_interact as vi
 from tests.models.helpers import applied, stacked, tiny
+from tests.models.test_vit import FAMILY
 from vit_interact import interactions as vx
 from vit_interact.models.attention import Taps
 from vit_interact.models.vit import ViT
@@ -46,7 +47,8 @@ def test_layers_share_the_traces_of_their_parts(indicator):
         measure = jax.jit(lambda params: vi.measure(model, params, images, indicator))
         return measure.lower(params).as_text().count("func.func")
 
-    assert functions(2) == functions(3)
+    # The first layer has nothing below it that has a derivative, the last one tokens nobody reads.
+    assert functions(3) == functions(4)
 
 
 @pytest.mark.parametrize(
@@ -397,3 +399,34 @@ def test_keep_and_mask_are_for_our_model(foreign, choice, value):
     model, params, images = foreign[:3]
     with pytest.raises(ValueError, match="keep and mask need vit_interact's ViT"):
         vi.measure(model, params, images, ("attention",), **{choice: value})
+
+
+@pytest.mark.parametrize("member", FAMILY)
+@pytest.mark.parametrize("block", [None, 5])
+def test_the_last_layer_attends_for_what_is_read_alone(member, block):
+    """Of a class token: what the score does not depend on has no gradient, and no weights."""
+    model, params, images = tiny(**FAMILY[member])
+    names = ("gradient", "edge")
+    tokens = model.config.layout.num_tokens
+    mask = jnp.asarray(np.random.default_rng(0).random((2, 3, tokens, tokens)) < 0.7)
+    for given in (None, mask):
+        alone = vi.measure(model, params, images, names, mask=given, block=block)
+        # With one that is of the forward pass, all queries of each layer are attended for.
+        whole = vi.measure(model, params, images, ("attention", *names), mask=given, block=block)
+        for name in names:
+            close(alone[name], whole[name])
+            assert np.abs(alone[name][-1]).max() > 0
+    if model.config.tokens_read:
+        assert not np.abs(alone["edge"][-1, :, model.config.tokens_read :]).max()
+
+
+def test_the_last_layer_costs_a_gradient_little():
+    flops = {}
+    for names in (("gradient",), ("attention", "gradient")):
+        for depth in (2, 3):
+            model, params, images = tiny(depth=depth, image_size=(32, 32))
+            measure = jax.jit(lambda p, x, m=model, n=names: vi.measure(m, p, x, n)["gradient"])
+            cost = measure.lower(params, images).compile().cost_analysis()
+            flops[len(names), depth] = cost["flops"]
+    layer = flops[1, 3] - flops[1, 2]
+    assert flops[2, 3] - flops[1, 3] > 0.15 * layer

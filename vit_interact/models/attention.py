@@ -61,6 +61,8 @@ class Taps:
       blocks: None gives reductions all queries at once; else they get one block after the other,
         and return arrays `[B, M, ...]` or `Summed` ones. `Tiles` gives them a `tiled.Tiled`, which
         has no weights. Raw tensors cannot be sown then.
+      only_graded: leaves out queries that the score does not depend on, those of the last layer
+        whose tokens nobody reads; rows of `reduce_grad` are zero there. Without `reduce`.
     """
 
     kinds: tuple[str, ...] = ()
@@ -68,8 +70,11 @@ class Taps:
     reduce: Callable[[Any], dict[str, Any]] | None = None
     reduce_grad: Callable[[Any, Array], dict[str, Any]] | None = None
     blocks: QueryBlocks | Tiles | None = None
+    only_graded: bool = False
 
     def __post_init__(self) -> None:
+        if self.only_graded and (self.kinds or self.reduce):
+            raise ValueError("what a forward pass gives is of all queries: only_graded=False")
         if self.kinds and self.blocks:
             raise ValueError("raw tensors are of whole layers: blocks=None")
         unknown = sorted(set(self.kinds) - set(KINDS))
@@ -144,6 +149,11 @@ def _attend_with_sinks_bwd(
         attended = explicit_attention(*inputs)
         sides, made = attention_gradients(attended, output, g, inputs[3])
         found = reduce_grad(attended._replace(backward=made), g)
+    left_out = inputs[1].shape[1] - inputs[0].shape[1]
+    if left_out:
+        found = jax.tree.map(
+            lambda rows: jnp.pad(rows, [(0, 0), (0, left_out), *[(0, 0)] * (rows.ndim - 2)]), found
+        )
     return found, (*sides, None, None)
 
 
@@ -186,11 +196,14 @@ class MultiHeadDotProductAttention(nn.Module):
             are no taps.
           bias: additive separable bias of the logits.
           layer_scale: the block's LayerScale `[D]`, only for the taps' `out_kernel`.
-          first_tokens: how many of the queries' outputs are wanted; None is all. Taps see all.
+          first_tokens: how many of the queries' outputs are wanted; None is all. Taps see all but
+            for `Taps.only_graded`.
         """
         width = inputs_q.shape[-1]
         taps = None if self.is_initializing() else self.taps
-        few = first_tokens is not None and not taps and bias is None
+        few = first_tokens is not None and bias is None
+        if taps and not (taps.only_graded and not isinstance(taps.blocks, Tiles)):
+            few = False
         inputs_q = inputs_q[:, :first_tokens] if few else inputs_q
         head_dim = width // self.heads
 
@@ -211,6 +224,10 @@ class MultiHeadDotProductAttention(nn.Module):
                 return project_out(attention_of_first(query, key, value, mask))
             output = fused_attention(query, key, value, mask, bias)
             return project_out(output[:, :first_tokens])
+        if few:
+            taps = dataclasses.replace(taps, blocks=None)
+            given: Any = mask
+            mask = None if given is None else given[..., :first_tokens, :]
         logit_bias: Any = bias
         if bias is not None and not taps.blocks:
             logit_bias = bias.full(tokens=inputs_kv.shape[1])

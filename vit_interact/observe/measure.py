@@ -254,7 +254,8 @@ def _measure_at_once(
     reduce, reduce_grad = (Maps(chosen) if chosen else None for chosen in (forward, backward))
     if fields is not None:
         reduce, reduce_grad = (f and fields.reducing(f) for f in (reduce, reduce_grad))
-    taps = Taps(layers=below, reduce=reduce, reduce_grad=reduce_grad, blocks=task.blocks)
+    graded = reduce is None and fields is None
+    taps = Taps((), below, reduce, reduce_grad, task.blocks, only_graded=graded)
 
     def sinks(attended: Any) -> dict[str, jax.ShapeDtypeStruct]:
         if fields is not None:
