@@ -201,9 +201,8 @@ class MultiHeadDotProductAttention(nn.Module):
         """
         width = inputs_q.shape[-1]
         taps = None if self.is_initializing() else self.taps
-        few = first_tokens is not None and bias is None
-        if taps and not (taps.only_graded and not isinstance(taps.blocks, Tiles)):
-            few = False
+        graded = taps and taps.only_graded and not isinstance(taps.blocks, Tiles)
+        few = first_tokens is not None and bias is None and (not taps or graded)
         inputs_q = inputs_q[:, :first_tokens] if few else inputs_q
         head_dim = width // self.heads
 

@@ -47,9 +47,11 @@ def forward_flops(config: ViTConfig, train: bool = False) -> float:
     embedding = config.layout.num_patches * 3 * ph * pw * width
     hidden = config.mlp_dim * (3 if config.swiglu else 2)
     windows = config.windows
+    predicts = windows is not None and windows.kind == "predicted"
     last = config.tokens_read if train and not config.scan else None
     attending = tokens
-    if last is not None and (windows is None or not windows.has(config.depth - 1)):
+    # What predicts windows does so for all patches, and they attend.
+    if last is not None and not (windows and predicts and windows.has(config.depth - 1)):
         attending = last
 
     def block(attending: int, made: int) -> int:
@@ -59,7 +61,7 @@ def forward_flops(config: ViTConfig, train: bool = False) -> float:
     blocks = (config.depth - 1) * block(tokens, tokens)
     blocks += block(attending, tokens if last is None else last)
     predicted = 0
-    if windows is not None and windows.kind == "predicted":
+    if windows is not None and predicts:
         layers = sum(windows.has(layer) for layer in range(config.depth))
         predicted = layers * config.layout.num_patches * width * 4 * windows.groups
     head = width * config.num_classes * (2 if config.pool == "cls_gap" else 1)
