@@ -13,12 +13,13 @@ from tests.test_cli import one_error, run
 from tests.viz.made_up import make_dataset
 from vit_interact.data.images import find_images
 from vit_interact.data.naming import Work
-from vit_interact.session import Options, _Behind, _chunks, _Folder, analyze_folder
+from vit_interact.folder import Folder, _chunks
+from vit_interact.session import Options, _Behind, analyze_folder
 
 
 @pytest.fixture
 def folder(tmp_path):
-    return _Folder(tmp_path / "out", {}, overwrite=False)
+    return Folder(tmp_path / "out", {}, overwrite=False)
 
 
 def works(*names):
@@ -113,7 +114,7 @@ def test_unknown_figures_are_refused_before_anything_is_done(tmp_path):
 def test_arrays_of_many_batches_are_in_few_files(folder, chunk, monkeypatch):
     """What is small shares files with that of other images, also when a batch is half full."""
     if chunk:
-        monkeypatch.setattr("vit_interact.session._CHUNK_IMAGES", chunk)
+        monkeypatch.setattr("vit_interact.folder._CHUNK_IMAGES", chunk)
     whole = make_dataset(4, 4, names=tuple(f"{k}.jpg" for k in range(23)))
     whole = whole.assign_coords(image=("image", whole["image"].values.astype(object)))
     for start, stop in ((0, 5), (5, 13)):

@@ -45,6 +45,12 @@ def folder_of(name: str, out: Path) -> Path:
     return out / "images" / slug(name)
 
 
+def wait(drawn: list[Future[None]]) -> None:
+    """Until all is drawn; raises what drawing raised."""
+    for figures in drawn:
+        figures.result()
+
+
 @dataclasses.dataclass(frozen=True)
 class Render:
     """Has something drawn; what is not drawn yet is a future.

@@ -255,7 +255,9 @@ def _measure_at_once(
     if fields is not None:
         reduce, reduce_grad = (f and fields.reducing(f) for f in (reduce, reduce_grad))
     graded = reduce is None and fields is None
-    taps = Taps((), below, reduce, reduce_grad, task.blocks, only_graded=graded)
+    taps = Taps(
+        layers=below, reduce=reduce, reduce_grad=reduce_grad, blocks=task.blocks, only_graded=graded
+    )
 
     def sinks(attended: Any) -> dict[str, jax.ShapeDtypeStruct]:
         if fields is not None:

@@ -134,7 +134,7 @@ class Pack:
             raise ValueError("the dataset holds no images")
         maps = {name: data[name] for name in data.data_vars if "key" in data[name].dims}
         # One by one, image by image, the rest would take longer to find than all of it to read.
-        self.data = data.drop_vars(list(maps)).load().assign(maps)
+        self.data = data.drop_vars(list(maps)).compute().assign(maps)
         self.bits = bits
         self.indicators = [str(data.attrs.get("indicator", "unknown"))]
         if "other" in data.coords:
