@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+import pathlib
 import re
 
 import jax
@@ -11,6 +12,15 @@ import numpy as np
 
 from vit_interact.models.config import ViTConfig
 from vit_interact.models.vit import ViT
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
+
+
+def golden(name):
+    """Arrays of a golden file by name; the file itself is closed again, come what may."""
+    path = GOLDENS / name
+    with np.load(path / "expected.npz" if path.is_dir() else path) as arrays:
+        return dict(arrays)
 
 
 @functools.cache

@@ -1,15 +1,13 @@
 """Resized position embeddings against torch, SciPy and a golden file."""
 
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.models.helpers import golden
 from vit_interact.models.posembed import resize_position_embedding, sincos_position_embedding
 
-GOLDEN = pathlib.Path(__file__).parent / "goldens" / "posembed.npz"
 # Up, down, sideways, by much and by little.
 GRIDS = [((4, 4), (7, 5)), ((7, 7), (3, 4)), ((16, 16), (37, 37)), ((37, 37), (16, 16)),
          ((5, 9), (6, 8)), ((3, 1), (1, 4))]  # fmt: skip
@@ -45,12 +43,14 @@ def test_bilinear_is_that_of_scipy(old, new):
 
 
 def test_golden_file():
-    golden = np.load(GOLDEN)
+    expected = golden("posembed.npz")
     for method in ("bicubic_antialias", "bicubic", "bilinear"):
         for case in range(2):
-            old, new = (tuple(int(n) for n in golden[f"{side}_{case}"]) for side in ("old", "new"))
-            ours = resize_position_embedding(golden[f"pos_{case}"], old, new, 1, method)
-            np.testing.assert_allclose(ours, golden[f"{method}_{case}"], atol=5e-6)
+            old, new = (
+                tuple(int(n) for n in expected[f"{side}_{case}"]) for side in ("old", "new")
+            )
+            ours = resize_position_embedding(expected[f"pos_{case}"], old, new, 1, method)
+            np.testing.assert_allclose(ours, expected[f"{method}_{case}"], atol=5e-6)
 
 
 def test_equal_grid_and_constant_embedding_stay():

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests.models.helpers import GOLDENS
 from vit_interact.models.config import ViTConfig
 from vit_interact.models.sources import conversion_command
 from vit_interact.models.weights import WeightsError, load_checkpoint, load_model
 
-GOLDENS = pathlib.Path(__file__).parent / "goldens"
 needs_torch = pytest.mark.skipif(
     not importlib.util.find_spec("torch"), reason="needs PyTorch, which is not installed"
 )

@@ -1,7 +1,6 @@
 """Weights of Hugging Face's `transformers`: outputs and attention agree, with golden files."""
 
 import importlib.util
-import pathlib
 import warnings
 
 import jax
@@ -9,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.models.helpers import GOLDENS, golden
 from tools import peers
 from vit_interact.models.weights import load_checkpoint
 
-GOLDENS = pathlib.Path(__file__).parent / "goldens"
 NAMES = list(peers.PEERS)
 LOGITS, ATTENTION = 1e-4, 1e-5
 needs_transformers = pytest.mark.skipif(
@@ -34,27 +33,27 @@ def peer():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_golden(name):
-    golden = np.load(GOLDENS / name / "expected.npz")
+    expected = golden(name)
     own = load_checkpoint(GOLDENS / name)
     assert own.model.config.image_size == (16, 16)
-    logits, attention = peers.run_ours(own.model, own.params, golden["images"])
-    np.testing.assert_allclose(logits, golden["logits"], atol=LOGITS)
-    np.testing.assert_allclose(attention, golden["attention"], atol=ATTENTION)
+    logits, attention = peers.run_ours(own.model, own.params, expected["images"])
+    np.testing.assert_allclose(logits, expected["logits"], atol=LOGITS)
+    np.testing.assert_allclose(attention, expected["attention"], atol=ATTENTION)
 
     other = load_checkpoint(GOLDENS / name, image_size=(24, 20))
-    logits, attention = peers.run_ours(other.model, other.params, golden["other_images"])
-    np.testing.assert_allclose(logits, golden["other_logits"], atol=LOGITS)
-    np.testing.assert_allclose(attention[-1, 0], golden["other_attention"], atol=ATTENTION)
+    logits, attention = peers.run_ours(other.model, other.params, expected["other_images"])
+    np.testing.assert_allclose(logits, expected["other_logits"], atol=LOGITS)
+    np.testing.assert_allclose(attention[-1, 0], expected["other_attention"], atol=ATTENTION)
     assert any("resized from 4x4 to 6x5" in note for note in other.notes)
 
 
 @needs_transformers
 @pytest.mark.parametrize("name", NAMES)
 def test_golden_is_what_the_library_says(name, peer):
-    golden = np.load(GOLDENS / name / "expected.npz")
+    expected = golden(name)
     model = peer.build(name)
     for images, logits in (("images", "logits"), ("other_images", "other_logits")):
-        np.testing.assert_allclose(peer.run(name, model, golden[images])[0], golden[logits],
+        np.testing.assert_allclose(peer.run(name, model, expected[images])[0], expected[logits],
                                    atol=LOGITS)  # fmt: skip
 
 
@@ -77,9 +76,9 @@ def test_fresh_model_in_shards(name, peer, tmp_path):
 def test_every_parameter_matters():
     """A golden whose random weights left a parameter without effect would prove nothing of it."""
     for name in ("deit_distilled", "dinov2_registers"):
-        golden = np.load(GOLDENS / name / "expected.npz")
+        expected = golden(name)
         ours = load_checkpoint(GOLDENS / name)
-        images = jnp.asarray(golden["images"][:1])
+        images = jnp.asarray(expected["images"][:1])
 
         def loss(params, model=ours.model, images=images):
             return (model.apply({"params": params}, images)[0] ** 3).sum()
@@ -124,6 +123,6 @@ def test_without_config_conventions_are_named(tmp_path):
     assert "from the convention of Hugging Face ViT files: mean=(0.5, 0.5, 0.5)" in text
     assert "norm_eps=1e-12" in text
     assert "the square that fits 17 rows of positions: grid=(4, 4)" in text
-    golden = np.load(GOLDENS / "vit" / "expected.npz")
-    logits, _ = peers.run_ours(alone.model, alone.params, golden["images"])
-    np.testing.assert_allclose(logits, golden["logits"], atol=LOGITS)
+    expected = golden("vit")
+    logits, _ = peers.run_ours(alone.model, alone.params, expected["images"])
+    np.testing.assert_allclose(logits, expected["logits"], atol=LOGITS)

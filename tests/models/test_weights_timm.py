@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 import shutil
 import struct
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.models.helpers import GOLDENS, golden
 from tools import peers
 from vit_interact.data.preprocess import Preprocess
 from vit_interact.models.config import ViTConfig, WindowConfig
@@ -23,7 +23,6 @@ from vit_interact.models.weights import (
 )
 from vit_interact.models.winft import to_winft
 
-GOLDENS = pathlib.Path(__file__).parent / "goldens"
 # What no file of a tiny model tells: its heads are not 64 wide.
 SETTINGS = {"timm_vit": {}, "timm_clip": {"heads": 2, "activation": "gelu_quick"}}
 
@@ -39,21 +38,23 @@ def logits(checkpoint, images):
 
 @pytest.mark.parametrize("name", list(peers.TIMM_PEERS))
 def test_golden(name):
-    golden = np.load(GOLDENS / name / "expected.npz")
-    np.testing.assert_allclose(logits(load(name), golden["images"]), golden["logits"], atol=1e-5)
+    expected = golden(name)
+    np.testing.assert_allclose(
+        logits(load(name), expected["images"]), expected["logits"], atol=1e-5
+    )
     other = load(name, image_size=(24, 20))
     np.testing.assert_allclose(
-        logits(other, golden["other_images"]), golden["other_logits"], atol=1e-5
+        logits(other, expected["other_images"]), expected["other_logits"], atol=1e-5
     )
 
 
 @pytest.mark.parametrize("name", list(peers.TIMM_PEERS))
 def test_golden_is_what_timm_says(name):
     pytest.importorskip("timm", reason="compares with timm, which is not installed")
-    golden = np.load(GOLDENS / name / "expected.npz")
+    expected = golden(name)
     model = peers.build_timm(name)
     np.testing.assert_allclose(
-        peers.run_timm(model, golden["other_images"]), golden["other_logits"], atol=1e-5
+        peers.run_timm(model, expected["other_images"]), expected["other_logits"], atol=1e-5
     )
 
 
