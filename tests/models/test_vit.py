@@ -174,8 +174,15 @@ def _masks(tokens, heads):
     return [None, masks, masks[2].at[:, :, 0].set(False)]
 
 
-@pytest.mark.parametrize("member", FAMILY)
-@pytest.mark.parametrize("remat", [False, True])
+def test_who_reads_which_tokens():
+    read = {member: tiny(**FAMILY[member])[0].config.tokens_read for member in FAMILY}
+    assert {member: tokens for member, tokens in read.items() if tokens} == {
+        "vit": 1, "deit": 2, "swiglu": 1, "clip": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("member,remat", [("vit", False), ("vit", True), ("deit", True),
+                                          ("swiglu", False), ("clip", False)])  # fmt: skip
 def test_a_training_pass_makes_what_is_read_alone(member, remat):
     """Logits and derivatives are those of a pass that makes all tokens of the last block."""
     model, params, images = tiny(**FAMILY[member], remat=remat)
@@ -189,7 +196,8 @@ def test_a_training_pass_makes_what_is_read_alone(member, remat):
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
-    for mask in _masks(tokens, heads):
+    masks = _masks(tokens, heads)
+    for mask in masks if member == "vit" else masks[-1:]:
         found, expected = (run(params, mask, train) for train in (True, False))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)
 
