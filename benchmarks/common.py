@@ -222,7 +222,8 @@ def _processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     name = re.search(r"model name\s*: (.*)", text)
-    wide = next((unit for unit in ("avx512f", "avx2") if unit in text), platform.machine())
+    units = ("amx_tile", "avx512f", "avx2")
+    wide = next((unit for unit in units if unit in text), platform.machine())
     return f"{name.group(1) if name else platform.machine()}, {wide}"
 
 

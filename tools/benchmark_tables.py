@@ -7,7 +7,8 @@
 
 A run leaves `docs/benchmarks/NAME.json`. A page holds a pair of comments for each,
 `<!-- table NAME -->` and `<!-- end -->`; what stands between them is replaced by when, on what and
-by which command it was measured, and by the table.
+by which command it was measured, and by the table. `<!-- targets FOLDER -->` is the table of
+targets (tools/target_tables.py) of the files of a folder.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import columns_of, shown
+from tools import target_tables
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES, RESULTS = (DOCS / "benchmarks.md", DOCS / "kernels.md"), DOCS / "benchmarks"
@@ -97,6 +99,7 @@ COMMANDS: dict[str, list[str]] = {
 }
 COMPILED_ONLY = ("memory", "scaling")  # other programs on the cores change nothing there
 _TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TARGETS = re.compile(r"(<!-- targets (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
@@ -140,7 +143,11 @@ def fill(page: str) -> str:
             return f"{match[1]}\nNot run yet.\n\n{match[3]}"
         return f"{match[1]}\n{describe(json.loads(path.read_text('utf-8')))}\n\n{match[3]}"
 
-    return _TABLE.sub(table, page)
+    def targets(match: re.Match[str]) -> str:
+        lines = target_tables.lines(RESULTS / match[2])
+        return "\n".join([match[1], *lines, "", match[3]])
+
+    return _TARGETS.sub(targets, _TABLE.sub(table, page))
 
 
 def describe(found: dict[str, Any]) -> str:

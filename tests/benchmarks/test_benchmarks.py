@@ -344,6 +344,22 @@ def test_tables_are_made_from_files(tmp_path, monkeypatch):
     assert benchmark_tables.fill(filled) == filled
 
 
+def test_targets_are_compared_with_what_was_found(tmp_path, monkeypatch):
+    from tools import benchmark_tables
+
+    monkeypatch.setattr(benchmark_tables, "RESULTS", tmp_path)
+    report = common.Report("indicators", {})
+    for batch, ratio in ((1, 1.104), (8, 1.12)):  # to two digits, the first is at most 1.10
+        report.add(model="vit_s16", batch=batch, what="attention", ratio=ratio, cpu_ratio=1.0)
+    (tmp_path / "host").mkdir()
+    (tmp_path / "host" / "indicators_x.json").write_text(json.dumps(report.to_dict()))
+    filled = benchmark_tables.fill("<!-- targets host -->\n<!-- end -->\n")
+    assert "|  | ViT-S/16 | holds |" in filled and "ViT-S/16: 1 / 8." in filled
+    assert "1.10 x forward | 1.10 (1.00) / 1.12 (1.00) | **no** in 1 of 2 |" in filled
+    assert "| `edge` at most 3.3 x | – / – |  |" in filled
+    assert benchmark_tables.fill(filled) == filled
+
+
 @pytest.mark.slow
 def test_analyze(run):
     rows = run("analyze", "--few", "1", "--many", "3", "--repeats", "1")

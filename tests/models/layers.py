@@ -16,8 +16,9 @@ def layer(shape, sharpness, batch=(2,), dtype=jnp.float32, seed=0):
 
 
 def close(found, expected, tolerance=1e-5):
-    """Whether arrays differ by less than a share of the largest entry."""
+    """Whether arrays differ by less than a share of the largest entry; NaN equals NaN."""
     expected = np.asarray(expected, np.float32)
-    assert np.abs(expected).max() > 0
-    scale = tolerance * np.abs(expected).max()
-    np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=scale, rtol=0)
+    largest = np.nanmax(np.abs(expected))
+    assert largest > 0
+    found = np.asarray(found, np.float32)
+    np.testing.assert_allclose(found, expected, atol=tolerance * largest, rtol=0)

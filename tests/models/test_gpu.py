@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import vit_interact as vi
-from tests.models.test_tiled import MAPS, close, in_tiles, layer, whole
+from tests.models.layers import close
+from tests.models.test_tiled import MAPS, in_tiles, layer, whole
 from tests.models.windowed import both, boxes, masked
 from vit_interact.interactions import smallest_windows, windows
 from vit_interact.layout import TokenLayout

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tests.models.helpers import lowered
-from tests.models.windowed import both, boxes, close, equals_a_mask, inputs, masked
+from tests.models.layers import close
+from tests.models.windowed import both, boxes, equals_a_mask, inputs, masked
 from vit_interact.layout import TokenLayout
 from vit_interact.models import pallas_windows
 from vit_interact.models.patch_blocks import needed_blocks, patch_blocks

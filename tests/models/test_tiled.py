@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.models.helpers import lowered
+from tests.models.layers import close
 from vit_interact import interactions as vx
 from vit_interact.models.attend import Tiles, explicit_attention
 from vit_interact.models.tile_maps import CUTS, halves
@@ -25,12 +26,6 @@ def layer(tokens=N, batch=(2,), dtype=jnp.float32, largest=6.0):
     # Far from zero, so that values need their centre taken off.
     q, k, v, g = (jnp.asarray(x, dtype) for x in (q, k, v + 3, g))
     return q, k, v, jnp.asarray(rng.normal(size=(H, K, 7)), jnp.float32), g
-
-
-def close(found, expected, tolerance=1e-5):
-    expected = np.asarray(expected)
-    assert np.abs(expected).max() > 0
-    np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max(), rtol=0)
 
 
 def whole(names, q, k, v, w, g):

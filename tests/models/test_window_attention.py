@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.models.windowed import boxes, close, equals_a_mask, inputs, masked
+from tests.models.layers import close
+from tests.models.windowed import boxes, equals_a_mask, inputs, masked
 from vit_interact.layout import TokenLayout
 from vit_interact.models.patch_blocks import hilbert, needed_blocks, patch_blocks
 from vit_interact.models.window_attention import computed_share, window_attention

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.models.layers import close
 from vit_interact.interactions.window_masks import window_mask
 from vit_interact.models.attend import explicit_attention
 
@@ -23,11 +24,6 @@ def boxes(layout, reach, batch=(2,), seed=0):
     place = layout.positions()
     corners = np.concatenate([place - before, place + after + 1], axis=-1)
     return np.clip(corners, 0, [layout.rows, layout.cols] * 2).astype(np.int32)
-
-
-def close(found, expected, tolerance=1e-5):
-    expected = np.asarray(expected)
-    np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max(), rtol=0)
 
 
 def masked(q, k, v, windows, layout):

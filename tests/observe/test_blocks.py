@@ -9,18 +9,13 @@ import pytest
 
 import vit_interact as vi
 from tests.models.helpers import stacked, tiny
+from tests.models.layers import close
 from vit_interact import interactions as vx
 from vit_interact.models.config import WindowConfig
 from vit_interact.models.vit import ViT
 from vit_interact.models.winft import to_winft
 
 NAMES = ("leave_one_out", "edge", "rollout")  # forward, backward, and through the layers
-
-
-def close(found, expected, tolerance=1e-5):
-    scale = np.nanmax(np.abs(np.asarray(expected)))
-    assert scale > 0
-    np.testing.assert_allclose(found, expected, atol=tolerance * scale, rtol=0)
 
 
 @pytest.mark.parametrize("options", [{}, {"scan": True, "remat": True}])

@@ -7,6 +7,7 @@ import pytest
 
 import vit_interact as vi
 from tests.models.helpers import tiny
+from tests.models.layers import close
 from vit_interact.interactions.streaming import Fields
 from vit_interact.observe import ways
 from vit_interact.observe.measure import measure_with_logits
@@ -29,13 +30,6 @@ def so_many(monkeypatch, model, images):
     monkeypatch.setattr(ways, "_BYTES_TOGETHER", most)
 
 
-def close(found, expected, tolerance=1e-5):
-    assert found.shape == expected.shape and found.dtype == expected.dtype
-    scale = np.nanmax(np.abs(np.asarray(expected)))
-    assert scale > 0
-    np.testing.assert_allclose(found, expected, atol=tolerance * scale, rtol=0)
-
-
 def test_maps_and_logits_are_those_of_all(five, monkeypatch):
     """Five images two at a time: one of them twice."""
     model, _, _ = five
@@ -49,6 +43,7 @@ def test_maps_and_logits_are_those_of_all(five, monkeypatch):
     assert ways.images_together(model, 5, None, None, None) == 2
     found = [measure_with_logits(*five, **call) for call in calls]
     jax.tree.map(close, found, expected)
+    assert jax.tree.map(jnp.result_type, found) == jax.tree.map(jnp.result_type, expected)
 
 
 @pytest.mark.parametrize("coverage", [0.7, (0.5, 0.9)])
