@@ -12,6 +12,7 @@ from tests.models.layers import close
 from vit_interact import interactions as vx
 from vit_interact.interactions.indicators import edge_of_logits, gradient_of_logits
 from vit_interact.layout import TokenLayout
+from vit_interact.models import softmax
 from vit_interact.models.attend import (
     QueryBlocks,
     attend_in_blocks,
@@ -22,6 +23,7 @@ from vit_interact.models.attend_backward import attention_gradients, gradients_i
 from vit_interact.models.bias import SeparableBias
 from vit_interact.models.blocks import Summed
 from vit_interact.models.fused import fused_attention
+from vit_interact.models.softmax import HeadsJoined
 
 LAYOUT = TokenLayout(3, 4, 2)
 N, H, K = LAYOUT.num_tokens, 3, 5
@@ -231,3 +233,22 @@ def test_no_weights_of_a_whole_layer_are_held():
     one_map = 4 * tokens**2
     assert temporary(measure, shape, shape, shape, kernel) < one_map + weights / 2
     assert temporary(derivative, shape, shape, shape, kernel) < weights
+
+
+@pytest.mark.parametrize("batch", [(2,), (2, 2), (1,), ()])
+@pytest.mark.parametrize("scale_output", [False, True])
+def test_heads_joined_with_images_are_those_apart(batch, scale_output, monkeypatch):
+    """As on one CPU; the tests have eight."""
+    generator = np.random.default_rng(0)
+    q, k, v, g = jnp.asarray(generator.normal(size=(4, *batch, N, H, K)), jnp.float32)
+
+    def both():
+        attended = explicit_attention(q, k, v, scale_output=scale_output)
+        again = explicit_attention(q, k, v, rows=attended.rows)
+        return attended, again, attention_gradients(attended, attended.output, g)
+
+    apart = both()
+    monkeypatch.setattr(softmax, "can_split_images", lambda: True)
+    assert (HeadsJoined.of(q, None, None).lead is None) == (not batch)
+    assert HeadsJoined.of(q, None, jnp.ones((N, N), bool)).lead is None
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), both(), apart)

@@ -22,9 +22,10 @@ from vit_interact.models.attend_heads import OverHeads, attend_over_heads
 from vit_interact.models.attend_images import images_apart, over_images
 from vit_interact.models.bias import SeparableBias
 from vit_interact.models.blocks import Places, Summed, join, map_blocks, pick
-from vit_interact.models.cpu import on_cpu
+from vit_interact.models.cpu import can_split_images, on_cpu
 from vit_interact.models.softmax import (
     ROWS,
+    HeadsJoined,
     Rows,
     attention_logits,
     heads_first,
@@ -181,11 +182,6 @@ def suitable_blocks(batch: int, heads: int, queries: int, keys: int) -> QueryBlo
     return dataclasses.replace(alone, images=1)
 
 
-def can_split_images() -> bool:
-    """Whether to work on some images of a batch at a time: not where they are on many devices."""
-    return on_cpu() and jax.device_count() == 1
-
-
 def blocks_over_heads(
     batch: int, heads: int, queries: int, keys: int, maps: bool = True
 ) -> QueryBlocks:
@@ -232,22 +228,22 @@ def explicit_attention(
         made = {name: getattr(one, name) for name in ("logits", "weights", "output", "rows")}
         made = jax.tree.map(lambda array: array.reshape(*batch, *array.shape), made)
         return one._replace(query=query, key=key, values=value, **made)
-    logits = attention_logits(heads_first(query), heads_first(key), bias, mask)
-    if scale_output and rows is None:
+    join = HeadsJoined.of(query, bias, mask)
+    q, k, v, known = jax.tree.map(join.taken, (query, key, value, rows))
+    logits = attention_logits(q, k, bias, mask)
+    if scale_output and known is None:
         factors, found = softmax_parts(logits, mask)
         weights = factors * found.largest
     else:
-        weights, found = softmax_of(logits, mask, rows and Rows(*map(heads_first, rows)))
+        weights, found = softmax_of(logits, mask, known)
         factors = weights
     each = jnp.einsum(
-        "...hij,...hjk->...hik",
-        factors.astype(value.dtype),
-        heads_first(value),
-        preferred_element_type=logits.dtype,
+        "...ij,...jk->...ik", factors.astype(v.dtype), v, preferred_element_type=logits.dtype
     )
     if factors is not weights:
         each = each * found.largest
-    output = jnp.swapaxes(each, -3, -2).astype(value.dtype)
+    logits, weights, each, found = jax.tree.map(join.given, (logits, weights, each, found))
+    output = heads_first(each).astype(value.dtype)  # and back
     rows = Rows(*map(heads_first, found))
     return Attended(query, key, value, logits, weights, output, out_kernel, rows=rows)
 

@@ -27,7 +27,7 @@ from vit_interact.models.attend_heads import (
 )
 from vit_interact.models.attend_images import images_apart, over_images
 from vit_interact.models.blocks import Summed
-from vit_interact.models.softmax import Rows, heads_first, without_batch
+from vit_interact.models.softmax import HeadsJoined, Rows, heads_first, without_batch
 
 _QUERY, _KEY, _VALUE, _BIAS = "dquery", "dkey", "dvalue", "dbias"
 
@@ -53,11 +53,12 @@ def attention_gradients(
         (*sides, _), made = attention_gradients(alone, *without_batch(output, grad))
         whole = [one.reshape(*batch, *one.shape) for one in (*sides, *made)]
         return (whole[0], whole[1], whole[2], None), Backward(*whole[3:])
-    q, k, v = map(heads_first, (attended.query, attended.key, attended.values))
-    known = along_output(grad, output)
-    known = None if known is None else heads_first(known)
-    g = heads_first(grad)
-    gradients, dlogits, along = gradients_of_rows(attended.weights, q, k, v, g, known)
+    join = HeadsJoined.of(grad, bias, None)
+    given = (attended.query, attended.key, attended.values, grad, along_output(grad, output))
+    q, k, v, g, known = jax.tree.map(join.taken, given)
+    weights = attended.weights.reshape(*q.shape[:-2], *attended.weights.shape[-2:])
+    gradients, dlogits, along = gradients_of_rows(weights, q, k, v, g, known)
+    gradients, dlogits, along = jax.tree.map(join.given, (gradients, dlogits, along))
     dbias = None
     if bias is not None:
         spread = jax.vjp(lambda bias: jnp.broadcast_to(bias, dlogits.shape), bias)[1]

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from vit_interact.interactions.by_head import is_single
 from vit_interact.interactions.head_terms import Head
 from vit_interact.models.blocks import Places, Summed, map_blocks
+from vit_interact.models.narrow import contract
 from vit_interact.models.softmax import (
     Rows,
     attention_logits,
@@ -182,9 +183,9 @@ def gradients_of_rows(
     dlogits = weights * (slope - along)
     # Products in the type of the layer, as XLA would derive them.
     narrow = dlogits.astype(value.dtype)
-    dquery = jnp.einsum("...ij,...jk->...ik", narrow, key)
-    dkey = jnp.einsum("...ij,...ik->...jk", narrow, query)
-    dvalue = jnp.einsum("...ij,...ik->...jk", weights.astype(grad.dtype), grad)
+    dquery = contract("...ij,...jk->...ik", narrow, key)
+    dkey = contract("...ij,...ik->...jk", narrow, query)
+    dvalue = contract("...ij,...ik->...jk", weights.astype(grad.dtype), grad)
     return (dquery, dkey, dvalue), dlogits, along
 
 

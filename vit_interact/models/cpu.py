@@ -29,6 +29,11 @@ def on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
+def can_split_images() -> bool:
+    """Whether to work on some images of a batch at a time: not where they are on many devices."""
+    return on_cpu() and jax.device_count() == 1
+
+
 @jax.custom_jvp
 def computed_once(x: Float[Array, ...]) -> Float[Array, ...]:
     """`x`, whose derivative is kept where it is made. For the residual stream, after each sum.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
-from vit_interact.models import gpu
+from vit_interact.models import gpu, narrow
 from vit_interact.models.cpu import on_cpu
 from vit_interact.models.elementwise import ACTIVATION_FUNCTIONS
 from vit_interact.models.parameter import parameter
@@ -31,7 +31,7 @@ def dense(
     """
     kept, outputs = x.shape[: x.ndim - axes], kernel.shape[axes:]
     depth = math.prod(kernel.shape[:axes])
-    product = x.reshape(-1, depth) @ kernel.reshape(depth, -1)
+    product = narrow.product(x.reshape(-1, depth), kernel.reshape(depth, -1))
     product = product if bias is None else product + bias.reshape(-1)
     return product.reshape(*kept, *outputs)
 

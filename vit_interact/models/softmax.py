@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from vit_interact.models.cpu import can_split_images
+
 
 class Rows(NamedTuple):
     """What a softmax needs to know of each row of logits, float32 or wider.
@@ -104,3 +106,30 @@ def without_batch(*arrays: Array | None) -> list[Any]:
 def heads_first(array: Float[Array, "*B N H K"]) -> Float[Array, "*B H N K"]:
     """Heads before tokens."""
     return jnp.swapaxes(array, -3, -2)
+
+
+class HeadsJoined(NamedTuple):
+    """Heads and images in one axis, as XLA's CPU multiplies them faster, or heads before tokens.
+
+    It would take a transposition alone into the product (docs/performance.md).
+
+    Attributes:
+      lead: axes of images and heads, joined; None where they stay as they are.
+    """
+
+    lead: tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, query: Float[Array, "*B N H K"], bias: Any, mask: Any) -> HeadsJoined:
+        """Not where arrays are broadcast to all heads, or lie on many devices."""
+        joined = bias is None and mask is None and query.ndim > 3 and can_split_images()
+        return cls((*query.shape[:-3], query.shape[-2]) if joined else None)
+
+    def taken(self, array: Float[Array, "*B N H K"]) -> Float[Array, "*heads N K"]:
+        """An array of the layer, as products want it."""
+        array = heads_first(array)
+        return array if self.lead is None else array.reshape(-1, *array.shape[-2:])
+
+    def given(self, array: Float[Array, "*heads N _"]) -> Float[Array, "*B H N _"]:
+        """What was made of such."""
+        return array if self.lead is None else array.reshape(*self.lead, *array.shape[-2:])

@@ -16,10 +16,9 @@ from vit_interact.models.attend import (
     QueryBlocks,
     Tiles,
     blocks_over_heads,
-    can_split_images,
     suitable_blocks,
 )
-from vit_interact.models.cpu import on_cpu
+from vit_interact.models.cpu import can_split_images, on_cpu
 from vit_interact.models.fused import cudnn_knows
 from vit_interact.models.gpu import has_triton
 from vit_interact.models.vit import ViT
