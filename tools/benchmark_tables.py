@@ -28,53 +28,30 @@ from tools import target_tables
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES, RESULTS = (DOCS / "benchmarks.md", DOCS / "kernels.md"), DOCS / "benchmarks"
 _AT_1024 = ["--image-size", "1024", "--batch", "1", "--depth", "2"]
-_AT_518 = ["indicators", "--models", "vit_s14@518", "--batches", "8", "--repeats", "3"]
+
+
+def _indicators(model: str, batches: str, repeats: int, *more: str) -> list[str]:
+    command = ["indicators", "--models", model, "--batches", batches, "--repeats", str(repeats)]
+    return [*command, *more]
+
+
 COMMANDS: dict[str, list[str]] = {
-    "indicators": [
-        "indicators",
-        "--models",
-        "vit_s16",
-        "--batches",
-        "1,8",
-        "--repeats",
-        "21",
-        "--memory",
-    ],
-    "indicators_518": [
-        "indicators",
-        "--models",
-        "vit_s14@518",
-        "--batches",
-        "1",
-        "--repeats",
-        "15",
-        "--memory",
-    ],
+    "indicators": _indicators("vit_s16", "1,8", 11, "--memory"),
+    "indicators_32": _indicators("vit_s16", "32", 3),
+    "indicators_b16": _indicators("vit_b16", "1,8", 7),
+    "indicators_b16_32": _indicators("vit_b16", "32", 3),
+    "indicators_518": _indicators("vit_s14@518", "1", 9, "--memory"),
     # One process has no memory for PyTorch's maps of all indicators at once, and ours.
-    "indicators_518_8": [*_AT_518, "--indicators", "attention,leave_one_out"],
-    "indicators_518_8_backward": [*_AT_518, "--indicators", "gradient,edge"],
-    "indicators_518_32": [
-        "indicators",
-        "--models",
-        "vit_s14@518",
-        "--batches",
-        "32",
-        "--repeats",
-        "3",
-        "--indicators",
-        "attention,leave_one_out",
-        "--peer-forward",
-    ],
-    "indicators_b16": [
-        "indicators",
-        "--models",
-        "vit_b16",
-        "--batches",
-        "1,8,32",
-        "--repeats",
-        "3",
-    ],
-    "indicators_32": ["indicators", "--models", "vit_s16", "--batches", "32", "--repeats", "3"],
+    "indicators_518_8": _indicators(
+        "vit_s14@518", "8", 5, "--indicators", "attention,leave_one_out"
+    ),
+    "indicators_518_8_backward": _indicators(
+        "vit_s14@518", "8", 3, "--indicators", "gradient,edge"
+    ),
+    "indicators_518_32": _indicators(
+        "vit_s14@518", "32", 3, "--indicators", "attention,leave_one_out", "--peer-forward"
+    ),
+    "bfloat16": _indicators("vit_s16", "1,8", 9, "--dtype", "bfloat16"),
     "blocks": ["blocks"],
     "heads": ["heads"],
     "together": ["together"],
