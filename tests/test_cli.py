@@ -127,6 +127,16 @@ def test_figures_of_other_processes_are_the_same(tmp_path, weights, monkeypatch,
     assert len(here) == 6 * count and figures("there") == here
 
 
+def test_an_analysis_in_bfloat16_is_another(tmp_path, weights):
+    images = photographs(tmp_path / "in", 1)
+    command = ("analyze", images, "--model", weights, "--out", tmp_path / "out")
+    run(*command, "--figures", "none", "--dtype", "bfloat16")
+    with xr.open_zarr(tmp_path / "out" / "analysis.zarr") as data:
+        assert data["probability"].dtype == "float32"
+        assert json.loads(data.attrs["architecture"])["dtype"] == "bfloat16"
+    assert "holds an analysis with" in one_error(*command)
+
+
 @pytest.mark.slow
 def test_same_command_skips_and_new_images_are_added(tmp_path, weights):
     images = photographs(tmp_path / "in", 2)
@@ -189,6 +199,7 @@ def test_same_names_in_two_folders(tmp_path, weights):
         (["--score", "5"], "a class number below 5"),
         (["--batch-size", "0"], "expected at least 1"),
         (["--model", "none.safetensors"], "none.safetensors"),
+        (["--dtype", "half"], "--dtype 'half': expected float32 or bfloat16"),
         (["--image-size", "13"], "not a multiple of the patch"),
     ],
 )

@@ -9,6 +9,7 @@ import typer
 
 from vit_interact.cli.shell import (
     DEFAULT_MODEL,
+    Dtype,
     among,
     command,
     load,
@@ -97,6 +98,7 @@ def analyze(
     arch: Annotated[
         str | None, typer.Option(help="Architecture when the file does not tell it all.")
     ] = None,
+    dtype: Dtype = "float32",
     figures: Annotated[
         str,
         typer.Option(
@@ -129,7 +131,7 @@ def analyze(
             if not 0 < coverage <= 1:
                 raise ValueError(f"--coverage {coverage}: expected a share in (0, 1]")
             chosen = _parse_layers(layers)
-            checkpoint = load(model, image_size=image_size, arch=arch)
+            checkpoint = load(model, image_size=image_size, arch=arch, dtype=dtype)
             scored = _parse_score(score, checkpoint)
             options = Options(first, coverage, chosen, scored, tuple(others))
             _check_score(options, checkpoint)

@@ -11,6 +11,7 @@ from vit_interact.cli.shell import (
     DEFAULT_MODEL,
     Arch,
     BatchSize,
+    Dtype,
     ImageSize,
     Limit,
     Model,
@@ -48,6 +49,7 @@ def statistics(
     save_every: Annotated[float, typer.Option(help="Seconds between saves.")] = 30.0,
     image_size: ImageSize = None,
     arch: Arch = None,
+    dtype: Dtype = "float32",
     coordinator: Annotated[
         str | None, typer.Option(help="HOST:PORT of process 0; 'auto' on a TPU pod.")
     ] = None,
@@ -67,7 +69,7 @@ def statistics(
 
         chosen = names_of(indicators)
         shares = () if coverages == "none" else numbers_of("--coverages", coverages)
-        checkpoint = load(model, image_size=image_size, arch=arch)
+        checkpoint = load(model, image_size=image_size, arch=arch, dtype=dtype)
         examples, left_out = open_examples(data, None, None, skip, limit, watched("reading images"))
         warn_left_out(left_out)
         design = Design.of(checkpoint.model, indicators=chosen, coverages=shares)

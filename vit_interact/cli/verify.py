@@ -11,6 +11,7 @@ from vit_interact.cli.shell import (
     DEFAULT_MODEL,
     Arch,
     BatchSize,
+    Dtype,
     ImageSize,
     Limit,
     Model,
@@ -69,6 +70,7 @@ def verify(
     batch_size: BatchSize = 8,
     image_size: ImageSize = None,
     arch: Arch = None,
+    dtype: Dtype = "float32",
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("vit-interact-verify"),
 ) -> None:
     """Check indicators: accuracy inside their windows, and without the patches they call needless.
@@ -98,7 +100,7 @@ def verify(
             batch_size,
             power,
         )
-        checkpoint = load(model, image_size=image_size, arch=arch)
+        checkpoint = load(model, image_size=image_size, arch=arch, dtype=dtype)
         config = checkpoint.model.config
         if not config.has_classes:
             raise ValueError(f"{model} has no classes: verification needs a classifier")

@@ -201,8 +201,10 @@ def _analyze(
 ) -> dict[str, Any]:
     asked: Score = score or ("predicted" if classes is None else classes)
     logits, maps = measure_with_logits(model, params, images, names, asked, layers)
+    # No file knows bfloat16.
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     combined = _across_layers(maps, names[0], layout)
-    probability = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    probability = jax.nn.softmax(logits, axis=-1)
     top, prediction = jax.lax.top_k(probability, min(5, logits.shape[-1]))
     rows, each_layer, whole = _describe(maps[names[0]], combined, layout)
     impact = whole["received_impact"]
