@@ -12,7 +12,7 @@ from tests.models.layers import close
 from vit_interact import interactions as vx
 from vit_interact.interactions.indicators import edge_of_logits, gradient_of_logits
 from vit_interact.layout import TokenLayout
-from vit_interact.models import softmax
+from vit_interact.models import attend_backward, softmax
 from vit_interact.models.attend import (
     QueryBlocks,
     attend_in_blocks,
@@ -249,6 +249,7 @@ def test_heads_joined_with_images_are_those_apart(batch, scale_output, monkeypat
 
     apart = both()
     monkeypatch.setattr(softmax, "can_split_images", lambda: True)
+    monkeypatch.setattr(attend_backward, "units_take", lambda dtype: True)
     assert (HeadsJoined.of(q, None, None).lead is None) == (not batch)
     assert HeadsJoined.of(q, None, jnp.ones((N, N), bool)).lead is None
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), both(), apart)

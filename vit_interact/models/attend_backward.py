@@ -27,6 +27,7 @@ from vit_interact.models.attend_heads import (
 )
 from vit_interact.models.attend_images import images_apart, over_images
 from vit_interact.models.blocks import Summed
+from vit_interact.models.narrow import units_take
 from vit_interact.models.softmax import HeadsJoined, Rows, heads_first, without_batch
 
 _QUERY, _KEY, _VALUE, _BIAS = "dquery", "dkey", "dvalue", "dbias"
@@ -53,7 +54,8 @@ def attention_gradients(
         (*sides, _), made = attention_gradients(alone, *without_batch(output, grad))
         whole = [one.reshape(*batch, *one.shape) for one in (*sides, *made)]
         return (whole[0], whole[1], whole[2], None), Backward(*whole[3:])
-    join = HeadsJoined.of(grad, bias, None)
+    # Products of wider numbers are as fast apart (docs/performance.md).
+    join = HeadsJoined.of(grad, bias, None) if units_take(grad.dtype) else HeadsJoined(None)
     given = (attended.query, attended.key, attended.values, grad, along_output(grad, output))
     q, k, v, g, known = jax.tree.map(join.taken, given)
     weights = attended.weights.reshape(*q.shape[:-2], *attended.weights.shape[-2:])
