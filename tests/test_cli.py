@@ -123,7 +123,7 @@ def test_figures_of_other_processes_are_the_same(tmp_path, weights, monkeypatch,
     images = photographs(tmp_path / "in", count)
     here = figures("here")
     monkeypatch.setattr("vit_interact.drawing._POOL_FROM", 0)
-    monkeypatch.setattr("vit_interact.session.os.cpu_count", lambda: 2)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
     assert len(here) == 6 * count and figures("there") == here
 
 
