@@ -7,13 +7,12 @@ files `indicators*.json` of that folder (`.`: of `docs/benchmarks` itself).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
-Case = tuple[str, int]  # a model and a batch size
-# A model's heading, and how it is spelt by `--models`.
+# How `--models` spells a model, and its heading.
 MODELS = {
     "vit_s16": "ViT-S/16",
     "vit_b16": "ViT-B/16",
@@ -83,16 +82,15 @@ def lines(folder: Path) -> list[str]:
 
 def _cell(target: Target, rows: Iterable[Row | None], values: list[float]) -> str:
     """By the clock, and in brackets by the processor's time; memory has one figure."""
-    shown: list[str] = []
-    number: Callable[[float], str] = "{:.2f}".format
+    shown = []
     for row in rows:
-        value = None if row is None else row.get(target.column)
-        if row is None or value is None:
+        if row is None or row.get(target.column) is None:
             shown.append("–")
             continue
-        values.append(round(value, 2))
+        values.append(round(row[target.column], 2))
         by_processor = row.get(f"cpu_{target.column}")
-        shown.append(number(value) + (f" ({number(by_processor)})" if by_processor else ""))
+        more = f" ({by_processor:.2f})" if by_processor else ""
+        shown.append(f"{row[target.column]:.2f}{more}")
     return " / ".join(shown)
 
 

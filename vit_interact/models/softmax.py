@@ -111,7 +111,8 @@ def heads_first(array: Float[Array, "*B N H K"]) -> Float[Array, "*B H N K"]:
 class HeadsJoined(NamedTuple):
     """Heads and images in one axis, as XLA's CPU multiplies them faster, or heads before tokens.
 
-    It would take a transposition alone into the product (docs/performance.md).
+    The reshape keeps it from multiplying strided matrices in place of the transposed ones, which
+    are contiguous (docs/performance.md).
 
     Attributes:
       lead: axes of images and heads, joined; None where they stay as they are.
