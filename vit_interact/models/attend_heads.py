@@ -9,6 +9,7 @@ and products of many rows are faster (docs/kernels.md).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -34,9 +35,9 @@ from vit_interact.models.softmax import (
 OfHead = Callable[[Head], dict[str, Array]]
 
 _OUTPUT, _SIDES = "output", ("dquery", "dkey", "dvalue")
-# Weights from which on product, maximum and exponentials are faster one after the other than in
-# YNNPACK's loop over rows: more than stay in the cache (docs/performance.md).
-_APART = 2**18
+# Weights of a head from which on product, maximum and exponentials are faster one after the other
+# than in YNNPACK's loop over rows: more than stay in the cache (docs/performance.md).
+_APART = 2**19
 
 
 @runtime_checkable
@@ -75,7 +76,7 @@ def attend_over_heads(
         q, k, v = (take.heads(array, first) for array in (query, key, value))
         rows = take.mask(mask, first)
         exponentials, highest = exponentials_of(attention_logits(q, k, None, rows), rows)
-        large = exponentials.size > _APART
+        large = math.prod(exponentials.shape[-2:]) > _APART
         sums = large and v.dtype == exponentials.dtype
         each = jnp.einsum(
             "...ij,...jk->...ik",

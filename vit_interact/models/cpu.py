@@ -20,8 +20,9 @@ _YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
 _OWN_PRODUCTS = {_YNNPACK: "LIBRARY_FUSION_TYPE_REDUCE"}
 # And this leaves convolutions, which our models have none of.
 _ALL_OWN = {_YNNPACK: "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"}
-# Tokens of all images from which on these are faster (docs/performance.md).
-_MANY_ROWS = 768
+# Tokens of all images from which on these are faster, and from which on a forward pass takes longer
+# than what a smaller program saves at its start (docs/performance.md).
+_MANY_ROWS, _LONG = 512, 768
 
 
 def on_cpu() -> bool:
@@ -73,14 +74,14 @@ def compiler_options(model: Any, images: int, seldom: bool = False) -> dict[str,
         return {}
     if not _known_here():
         return {}
-    if not few(config, images):
-        return dict(_OWN_PRODUCTS)
-    return dict(_ALL_OWN) if seldom else {}
+    if seldom and few(config, images):
+        return dict(_ALL_OWN)
+    return dict(_OWN_PRODUCTS) if images * config.layout.num_tokens >= _MANY_ROWS else {}
 
 
 def few(config: ViTConfig, images: int) -> bool:
     """Whether a CPU measures so many images sooner than it makes the program for them."""
-    return on_cpu() and images * config.layout.num_tokens < _MANY_ROWS
+    return on_cpu() and images * config.layout.num_tokens < _LONG
 
 
 def without_ynnpack() -> dict[str, str]:
