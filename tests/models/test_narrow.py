@@ -8,7 +8,7 @@ import pytest
 import vit_interact as vi
 from tests.models.helpers import applied, tiny
 from tests.models.layers import close
-from vit_interact.models import narrow
+from vit_interact.models import cpu, narrow
 
 HAS_UNITS = narrow._has_units()
 NARROW = jnp.bfloat16
@@ -83,7 +83,7 @@ def test_a_model_and_its_maps_are_those_of_a_host_without_units(monkeypatch):
         close(found_maps[name], maps[name], 5e-2)
 
 
-@pytest.mark.skipif(not HAS_UNITS, reason="needs a CPU with AMX")
+@pytest.mark.skipif(not (HAS_UNITS and cpu._known_here()), reason="needs AMX and YNNPACK")
 def test_products_are_left_to_the_units():
     """Of a layer, forward and backward; YNNPACK takes them in as they are, in 16 bits."""
     x, kernel, grad = sides(rows=64, depth=64, width=64)

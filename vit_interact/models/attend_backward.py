@@ -37,7 +37,7 @@ def attention_gradients(
     attended: Attended,
     output: Float[Array, "*B M H K"],
     grad: Float[Array, "*B M H K"],
-    bias: Float[Array, ...] | None = None,
+    bias: Float[Array, "..."] | None = None,
 ) -> tuple[tuple[Array, Array, Array, Array | None], Backward]:
     """Derivatives of a score by query, key, value and bias, and what was made on the way.
 

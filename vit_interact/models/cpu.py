@@ -36,7 +36,7 @@ def can_split_images() -> bool:
 
 
 @jax.custom_jvp
-def computed_once(x: Float[Array, ...]) -> Float[Array, ...]:
+def computed_once(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`x`, whose derivative is kept where it is made. For the residual stream, after each sum.
 
     The stream's derivative is a sum over all later layers. XLA's CPU compiler fuses such sums into

@@ -20,8 +20,8 @@ from vit_interact.models.parameter import parameter
 
 @functools.partial(jax.jit, static_argnums=3)
 def dense(
-    x: Float[Array, ...], kernel: Float[Array, ...], bias: Float[Array, ...] | None, axes: int
-) -> Float[Array, ...]:
+    x: Float[Array, "..."], kernel: Float[Array, "..."], bias: Float[Array, "..."] | None, axes: int
+) -> Float[Array, "..."]:
     """The last `axes` axes of `x` times the first of `kernel`, plus `bias`.
 
     A product of two matrices and a bias that is a row. With tokens in several axes, the kernel's
@@ -56,7 +56,7 @@ class Dense(nn.Module):
     activation: str | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, ...]) -> Float[Array, ...]:
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Applies the layer."""
         features = (self.features,) if isinstance(self.features, int) else self.features
         shape = (*x.shape[x.ndim - self.axes :], *features)

@@ -40,7 +40,7 @@ def fused_attention(
     query: Float[Array, "*B N H K"],
     key: Float[Array, "*B M H K"],
     value: Float[Array, "*B M H K"],
-    mask: Bool[Array, ...] | FirstTokens | None = None,
+    mask: Bool[Array, "..."] | FirstTokens | None = None,
     bias: SeparableBias | None = None,
     blocks: QueryBlocks | None = None,
 ) -> Float[Array, "*B N H K"]:
@@ -67,7 +67,7 @@ def attention_of_first(
     query: Float[Array, "*B R H K"],
     key: Float[Array, "*B M H K"],
     value: Float[Array, "*B M H K"],
-    mask: Bool[Array, ...] | FirstTokens | None = None,
+    mask: Bool[Array, "..."] | FirstTokens | None = None,
 ) -> Float[Array, "*B R H K"]:
     """The output of the first few queries, whose weights are little on any device."""
     if isinstance(mask, FirstTokens):

@@ -24,7 +24,7 @@ def product(x: Float[Array, "M D"], kernel: Float[Array, "D E"]) -> Float[Array,
     return x @ kernel
 
 
-def contract(spec: str, a: Float[Array, ...], b: Float[Array, ...]) -> Float[Array, ...]:
+def contract(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
     """`jnp.einsum(spec, a, b)`, which is not derived again."""
     if units_take(a.dtype) and a.dtype == b.dtype:
         return _rounded(spec, a, b)

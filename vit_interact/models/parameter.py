@@ -18,7 +18,7 @@ def parameter(
     init: Callable[..., Array],
     shape: tuple[int, ...],
     *more: Any,
-) -> Float[Array, ...]:
+) -> Float[Array, "..."]:
     """`module.param`, with the shape of what is there compared and not traced.
 
     Flax traces `init` for the shape each time that a module with parameters runs, which is half of

@@ -31,8 +31,8 @@ ROWS = Rows._fields
 def attention_logits(
     query: Float[Array, "*heads M K"],
     key: Float[Array, "*heads N K"],
-    bias: Float[Array, ...] | None = None,
-    mask: Bool[Array, ...] | None = None,
+    bias: Float[Array, "..."] | None = None,
+    mask: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*heads M N"]:
     """`query · key` plus bias, masked entries at the type's lowest number; float32 or wider.
 
@@ -49,7 +49,7 @@ def attention_logits(
 
 
 def softmax_parts(
-    logits: Float[Array, "*heads M N"], mask: Bool[Array, ...] | None = None
+    logits: Float[Array, "*heads M N"], mask: Bool[Array, "..."] | None = None
 ) -> tuple[Float[Array, "*heads M N"], Rows]:
     """Exponentials of the logits, the largest of a row 1, and what is known of each row then.
 
@@ -61,7 +61,7 @@ def softmax_parts(
 
 
 def exponentials_of(
-    logits: Float[Array, "*heads M N"], mask: Bool[Array, ...] | None = None
+    logits: Float[Array, "*heads M N"], mask: Bool[Array, "..."] | None = None
 ) -> tuple[Float[Array, "*heads M N"], Float[Array, "*heads M 1"]]:
     """Exponentials of the logits, the largest of a row 1, and the largest logit of each row."""
     highest = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
@@ -75,7 +75,7 @@ def exponentials_of(
 def softmax_rows(
     highest: Float[Array, "*heads M 1"],
     total: Float[Array, "*heads M 1"],
-    mask: Bool[Array, ...] | None = None,
+    mask: Bool[Array, "..."] | None = None,
 ) -> Rows:
     """Rows of a softmax by their largest logit and the sum of their exponentials."""
     if mask is None:
@@ -88,7 +88,7 @@ def softmax_rows(
 
 def softmax_of(
     logits: Float[Array, "*heads M N"],
-    mask: Bool[Array, ...] | None = None,
+    mask: Bool[Array, "..."] | None = None,
     rows: Rows | None = None,
 ) -> tuple[Float[Array, "*heads M N"], Rows]:
     """The softmax over keys and its rows, which save two passes over the logits where known."""

@@ -69,7 +69,7 @@ class Block(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B N D"],
-        mask: Bool[Array, ...] | FirstTokens | None,
+        mask: Bool[Array, "..."] | FirstTokens | None,
         bias: SeparableBias | None,
         drop_path: Float[Array, ""] | float,
         train: bool,

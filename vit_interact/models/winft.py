@@ -52,10 +52,10 @@ class WindowHead(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B N D"],
-        mask: Bool[Array, ...] | None,
+        mask: Bool[Array, "..."] | None,
         bias: SeparableBias | None,
         sharpness: Float[Array, ""] | float | None,
-    ) -> tuple[Bool[Array, ...] | None, SeparableBias | None]:
+    ) -> tuple[Bool[Array, "..."] | None, SeparableBias | None]:
         """Adds the windows to what restricts attention already.
 
         Args:
@@ -109,7 +109,7 @@ class GivenWindows(nn.Module):
     layout: TokenLayout
 
     @nn.compact
-    def __call__(self, mask: Bool[Array, ...] | None) -> Bool[Array, ...]:
+    def __call__(self, mask: Bool[Array, "..."] | None) -> Bool[Array, "..."]:
         """Adds the windows to what restricts attention already."""
         layout = self.layout
         whole = np.tile([0, 0, layout.rows, layout.cols], (layout.num_patches, 1))

@@ -173,7 +173,7 @@ class Design:
 
 def observe(
     design: Design, model: ViT, params: Mapping[str, Any], images: Images, sharpness: Any = None
-) -> dict[str, Float[Array, ...]]:
+) -> dict[str, Float[Array, "..."]]:
     """The quantities of a batch; traceable, and no stack `[L, B, H, N, N]` exists.
 
     Args:
@@ -311,7 +311,7 @@ def _of_patches(design: Design, view: Float[Array, "L B P P"]) -> dict[str, Arra
 
 def pool(
     statistics: Mapping[str, Statistics],
-    found: Mapping[str, Float[Array, ...]],
+    found: Mapping[str, Float[Array, "..."]],
     real: Bool[Array, " B"],
     axis_name: str | None = None,
 ) -> dict[str, Statistics]:
