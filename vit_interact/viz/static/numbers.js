@@ -123,13 +123,15 @@ export function quantile(values, share) {
   return sorted[low] + (place - low) * ((sorted[low + 1] ?? sorted[low]) - sorted[low]);
 }
 
+const written = new Intl.NumberFormat("en", { maximumFractionDigits: 8 }); // toLocaleString makes one at each call
+
 // A number with three significant digits, as people write it.
 export function told(value, digits = 3) {
   if (value === null || !Number.isFinite(value)) return "–";
   if (value !== 0 && (Math.abs(value) >= 1e5 || Math.abs(value) < 1e-3)) {
     return value.toExponential(digits - 1).replace("e", "·10^").replace("^+", "^");
   }
-  return Number(value.toPrecision(digits)).toLocaleString("en", { maximumFractionDigits: 8 });
+  return written.format(Number(value.toPrecision(digits)));
 }
 
 export const percent = (share) => `${told(100 * share)} %`;

@@ -141,6 +141,36 @@ function ticks(scale) {
   return [0, 0.25, 0.5, 0.75, 1].map((share) => scale.low + share * (scale.high - scale.low));
 }
 
+const pictures = new WeakMap();
+
+// The address of a picture of a colour table, which is made once.
+function pictureOf(table, make) {
+  if (!pictures.has(table)) pictures.set(table, make().toDataURL());
+  return pictures.get(table);
+}
+
+function wheelPicture(table) {
+  const size = 64, colors = new Uint8ClampedArray(4 * size * size);
+  for (let y = 0; y < size; y++) {
+    for (let x = 0; x < size; x++) {
+      const dy = (2 * (y + 0.5)) / size - 1, dx = (2 * (x + 0.5)) / size - 1;
+      const at = 4 * (y * size + x), inside = size / 2 * (1 - Math.hypot(dy, dx));
+      colors.set(wheelColor(table, dy, dx, 1), at);
+      colors[at + 3] = 255 * Math.min(1, Math.max(0, inside));
+    }
+  }
+  return cellCanvas(colors, size, size);
+}
+
+function barPicture(table) {
+  const colors = new Uint8ClampedArray(4 * 256);
+  for (let k = 0; k < 256; k++) {
+    colors.set(table.subarray(3 * k, 3 * k + 3), 4 * k);
+    colors[4 * k + 3] = 255;
+  }
+  return cellCanvas(colors, 1, 256);
+}
+
 // A colour bar or wheel as SVG of that width; returns {svg, height}.
 export function legendSvg(legend, tables, width, ink) {
   const title = `<text x="0" y="13" font-weight="600">${escaped(legend.title)}` +
@@ -149,28 +179,14 @@ export function legendSvg(legend, tables, width, ink) {
     return { svg: `<g fill="${ink}">${title}<text y="33">${escaped(legend.words)}</text></g>`, height: 42 };
   }
   if (legend.wheel) {
-    const size = 64, colors = new Uint8ClampedArray(4 * size * size);
-    for (let y = 0; y < size; y++) {
-      for (let x = 0; x < size; x++) {
-        const dy = (2 * (y + 0.5)) / size - 1, dx = (2 * (x + 0.5)) / size - 1;
-        const at = 4 * (y * size + x), inside = size / 2 * (1 - Math.hypot(dy, dx));
-        colors.set(wheelColor(tables.wheel, dy, dx, 1), at);
-        colors[at + 3] = 255 * Math.min(1, Math.max(0, inside));
-      }
-    }
-    const href = cellCanvas(colors, size, size).toDataURL();
+    const size = 64, href = pictureOf(tables.wheel, () => wheelPicture(tables.wheel));
     const svg = `<g fill="${ink}">${title}<image href="${href}" y="20" width="${size}" height="${size}"/>` +
       `<text x="74" y="40">hue: where it points to,</text><text x="74" y="57">seen from the centre</text>` +
       `<text x="74" y="74">white: 0; rim: ${told(legend.wheel)} or more</text></g>`;
     return { svg, height: 92 };
   }
-  const { scale } = legend, colors = new Uint8ClampedArray(4 * 256);
-  const table = tables[legend.table];
-  for (let k = 0; k < 256; k++) {
-    colors.set(table.subarray(3 * k, 3 * k + 3), 4 * k);
-    colors[4 * k + 3] = 255;
-  }
-  const href = cellCanvas(colors, 1, 256).toDataURL();
+  const { scale } = legend, table = tables[legend.table];
+  const href = pictureOf(table, () => barPicture(table));
   const bar = scale.beyond ? width - 12 : width;
   const last = table.subarray(3 * 255), color = `rgb(${last[0]},${last[1]},${last[2]})`;
   const more = scale.beyond
