@@ -94,7 +94,7 @@ def test_parameters_are_compared_and_not_traced():
     made = len(calls)
     assert isinstance(variables["params"]["kernel"], nn.Partitioned)
     assert Layer().apply(variables).shape == (2, 3) and len(calls) == made
-    with pytest.raises(
-        flax.errors.ScopeParamShapeError, match=r'(?=.*\(2, 3\))(?=.*\(3, 2\)).*"kernel"'
-    ):
+    shapes = r"\(2, 3\).*\(3, 2\)"  # flax 0.10.7 names the parameter after them
+    message = rf'"kernel".*{shapes}|{shapes}.*"kernel"'
+    with pytest.raises(flax.errors.ScopeParamShapeError, match=message):
         Layer().apply({"params": {"kernel": jnp.ones((3, 2))}})
